@@ -1,0 +1,353 @@
+"""The momentumized model, and :func:`momentumize`.
+
+A momentumized model is a shallow copy of the model whose class is a generated subclass with one method
+replaced, ``forward`` (M4): parameters, buffers and modules stay where they are and are shared with the
+original; state_dict keys, attributes, ``isinstance``, ``.to()``, ``deepcopy``, pickling are the model's own.
+
+Each call looks up the rewritten graph for its form (which arguments are given, tensors aside) and for the
+training flags and settings of the modules (:class:`mfx.capture.Guards`), and captures the model anew where
+there is none.  Every graph must give the chains of the first one: the function must not depend on the mode.
+
+Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from mfx.capture import ADDED, Capture, Signature, as_call, capture, default_signature
+from mfx.errors import (
+    HookWarning,
+    InputTypeError,
+    MfxError,
+    NothingRewrittenWarning,
+    OptionError,
+    PlanChangedError,
+)
+from mfx.find import Found, find
+from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, check_patterns, make_options
+from mfx.plan import Plan, plan
+from mfx.rewrite import Rewritten, rewrite
+from mfx.shapes import propagate_shapes
+
+Model = TypeVar("Model", bound=nn.Module)
+_STATE = "_mfx"
+_MOST_GRAPHS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One captured and rewritten form of a model."""
+
+    capture: Capture
+    found: Found
+    plan: Plan
+    rewritten: Rewritten
+
+    def run(self, root: nn.Module, tensors: list[torch.Tensor]) -> Any:
+        """The model's output."""
+        return pytree.tree_unflatten(self.rewritten.run(root, *tensors), self.capture.out_spec)
+
+
+class Momentum:
+    """What makes a model a momentumized one: its options, and its graphs so far."""
+
+    def __init__(self, original: type[nn.Module], options: Options) -> None:
+        self.original = original
+        self.options = options
+        self.chains: tuple[tuple[str, ...], ...] | None = None
+        self.entries: dict[Any, list[Entry]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "entries": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
+        twin = Momentum(self.original, self.options)
+        twin.chains = self.chains
+        return twin
+
+    def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the rewritten model."""
+        signature, tensors = Signature.of(args, kwargs)
+        return self.entry(root, signature, tensors).run(root, tensors)
+
+    def entry(self, root: nn.Module, signature: Signature, tensors: list[torch.Tensor] | None) -> Entry:
+        """The graph for calls of this form, in the modes the modules are in."""
+        known = self.entries.setdefault((signature.key, torch.is_grad_enabled()), [])
+        for entry in known:
+            if entry.capture.guards.hold(root):
+                return entry
+        examples = tensors if self.options.shapes else None
+        entry = prepare(root, self.original.forward, signature, self.options, examples)
+        self._same_chains(entry.plan)
+        if len(known) >= _MOST_GRAPHS:
+            known.pop(0)
+        known.append(entry)
+        return entry
+
+    def _same_chains(self, found: Plan) -> None:
+        """A model must compute one function: chains that differ from the first capture's are an error."""
+        if self.chains is None:
+            self.chains = found.names
+            return
+        before = {name: chain for chain in self.chains for name in chain}
+        for chain in found.names:
+            for name in chain:
+                if before.get(name, chain) != chain:
+                    raise PlanChangedError(
+                        f"captured for this call or mode, block {name!r} is in the chain {list(chain)}; at first it "
+                        f"was in {list(before[name])}. The model would compute another function: exclude these "
+                        "blocks, or momentumize it in the mode and with the arguments you use"
+                    )
+
+
+def prepare(
+    model: nn.Module,
+    forward: Any,
+    signature: Signature,
+    options: Options,
+    tensors: list[torch.Tensor] | None = None,
+) -> Entry:
+    """capture -> find -> plan -> rewrite, for calls of the form ``signature``."""
+    if options.modules:
+        paths = [path for path, _ in model.named_modules() if path]
+        check_patterns("modules", options.modules, paths, "module")
+    captured = capture(model, forward, signature, options.modules)
+    if options.shapes and tensors is not None:
+        propagate_shapes(captured.graph, model, tensors)
+    found = find(captured.graph, model, frozenset(_whole_modules(captured.graph, options)))
+    planned = plan(found, options)
+    return Entry(captured, found, planned, rewrite(found, planned))
+
+
+def _whole_modules(graph: fx.Graph, options: Options) -> Iterator[fx.Node]:
+    from fnmatch import fnmatchcase
+
+    for node in graph.nodes:
+        if node.op == "call_module" and any(fnmatchcase(str(node.target), p) for p in options.modules):
+            yield node
+
+
+def momentumize(
+    model: Model,
+    gamma: Gamma = 0.9,
+    *,
+    example_inputs: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    modules: Patterns = None,
+    velocity: Velocity = "zero",
+    reversible: bool = True,
+    state_dtype: torch.dtype | str = "auto",
+    tolerance: float | None = None,
+    capture: str = "auto",
+) -> Model:
+    """The same model with its chains of residual blocks as reversible momentum chains.
+
+    Each block ``x <- x + f(x)`` becomes::
+
+        v <- gamma * v + (1 - gamma) * f(x)
+        x <- x + v
+
+    run backwards in closed form during backward, so that no activation of the chain is stored.  ``gamma = 0`` is
+    the original model's function.
+
+    Args:
+        model: any module that symbolic tracing can follow; it is left as it is, and shares its parameters,
+            buffers and submodules with the result (``copy.deepcopy`` it first for independent ones).
+        gamma: float in [0, 1), or a mapping from block-name pattern to float (first match wins; a block that
+            none matches is kept).
+        example_inputs: tensor, tuple or dict, as the model's forward takes them.  Makes shapes known when
+            planning, and tells how a forward with ``*args`` is called.
+        include: ``fnmatch`` pattern or patterns; only blocks whose name matches one are rewritten.
+        exclude: pattern or patterns of blocks to keep.
+        modules: patterns over module paths; each matching module is taken whole as one block,
+            ``F(x) = module(x) - x``.
+        velocity: v_0 of each chain: ``"zero"``; ``"first"``, v_0 = F_0(x_0); or a factory
+            ``velocity(chain) -> nn.Module`` whose module maps x_0 to v_0 and is registered as
+            ``momentum_velocity.<chain index>``.
+        reversible: False runs the same recurrence with stored activations.
+        state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` is the latter.
+        tolerance: relative error that reversing may make; decides the distance of snapshots.  None is 1e-10 for
+            float64, 1e-4 for float32, 1e-2 for bfloat16 and float16.
+        capture: ``"fx"`` or ``"auto"``.
+
+    Returns:
+        A new model of a subclass of the model's class.
+
+    Raises:
+        OptionError: an argument has a value that cannot be used.
+        InputTypeError: ``model`` is not a module, or an argument is of another wrong type.
+        CaptureError: the model's Python cannot be followed; names the module and the line.
+
+    Example:
+        >>> import torch, torchvision, mfx
+        >>> model = torchvision.models.resnet18(weights=None)
+        >>> mm = mfx.momentumize(model, gamma=0.9)
+        >>> mm(torch.randn(2, 3, 64, 64)).sum().backward()
+        >>> model.layer1[0].conv1.weight.grad is not None
+        True
+
+    Source: Sander et al., "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870.
+    """
+    options = make_options(
+        gamma,
+        include=include,
+        exclude=exclude,
+        modules=modules,
+        velocity=velocity,
+        reversible=reversible,
+        state_dtype=state_dtype,
+        tolerance=tolerance,
+        capture=capture,
+    )
+    check_model(model)
+    options, signature, tensors = first_call(type(model).forward, options, example_inputs)
+    momentum = Momentum(type(model), options)
+    mm = _shallow_copy(model, momentum)
+    entry = momentum.entry(mm, signature, tensors)
+    _warn(entry, type(model).__name__)
+    if callable(options.velocity):
+        chains = {str(chain.index): options.velocity(chain) for chain in entry.plan.chains}
+        mm.add_module(ADDED, nn.ModuleDict(chains))
+    return mm
+
+
+def first_call(
+    forward: Any, options: Options, example_inputs: Any
+) -> tuple[Options, Signature, list[torch.Tensor] | None]:
+    """The form of call to capture first: the example's, or the one the signature of forward suggests."""
+    if example_inputs is None:
+        return options, default_signature(forward), None
+    args, kwargs = as_call(example_inputs)
+    return replace(options, shapes=True), *Signature.of(args, kwargs)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain module."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if _STATE in model.__dict__:
+        raise OptionError("model is momentumized already: give the original, or use mfx.set_gamma to change gamma")
+    if "forward" in model.__dict__:
+        raise InputTypeError(
+            f"{type(model).__name__} has a forward of its own on the instance (model.forward = ...), which a "
+            "captured graph would pass by: delete it, or put it into a class"
+        )
+
+
+def momentum_of(mm: nn.Module) -> Momentum:
+    """The momentumized side of a model."""
+    momentum = mm.__dict__.get(_STATE)
+    if not isinstance(momentum, Momentum):
+        raise InputTypeError(f"{type(mm).__name__} is not a momentumized model: call mfx.momentumize on it first")
+    return momentum
+
+
+def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
+    """Change gamma of a momentumized model in place, for annealing; takes effect at the next forward.
+
+    Args:
+        mm: a momentumized model.
+        gamma: as for :func:`momentumize`.
+
+    Raises:
+        MfxError: a block that was rewritten would be kept under the new mapping, or the reverse.
+
+    Example:
+        >>> import torch, torchvision, mfx
+        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.0)
+        >>> mfx.set_gamma(mm, 0.5)
+    """
+    momentum = momentum_of(mm)
+    options = replace(momentum.options, gamma=check_gamma(gamma))
+    kept = {name for chain in momentum.chains or () for name in chain if options.gamma_of(name) is None}
+    if kept:
+        raise OptionError(
+            f"gamma={gamma!r} gives no value to blocks {sorted(kept)}, which are rewritten: add a pattern for them"
+        )
+    momentum.options = options
+    for entries in momentum.entries.values():
+        for index, entry in enumerate(entries):
+            planned = plan(entry.found, options)
+            entries[index] = replace(entry, plan=planned, rewritten=rewrite(entry.found, planned))
+
+
+def graph_of(mm: nn.Module) -> fx.Graph:
+    """The rewritten graph of a momentumized model's latest capture, for printing.
+
+    Example:
+        >>> import torchvision, mfx
+        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.9)
+        >>> [n.name for n in mfx.graph_of(mm).nodes if n.name.startswith("momentum")][:1]
+        ['momentum_0']
+    """
+    entries = [entry for found in momentum_of(mm).entries.values() for entry in found]
+    if not entries:
+        raise MfxError("the model has no captured graph yet: run it once")
+    return entries[-1].rewritten.graph
+
+
+def _warn(entry: Entry, name: str) -> None:
+    if entry.capture.hooked:
+        warnings.warn(
+            f"forward or backward hooks on {', '.join(entry.capture.hooked)} will not run: their modules are part of "
+            f"the captured graph of {name}. Hooks on the model itself and on modules taken whole do run",
+            HookWarning,
+            stacklevel=3,
+        )
+    if not entry.plan.chains:
+        reasons = {row.text for row in entry.plan.rejections}
+        why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else " (it has no residual add)"
+        warnings.warn(
+            f"nothing was rewritten in {name}{why}: the model comes back equivalent",
+            NothingRewrittenWarning,
+            stacklevel=3,
+        )
+
+
+def _shallow_copy(model: Model, momentum: Momentum) -> Model:
+    """The model with its own tables of children, parameters and buffers, and the generated class."""
+    mm = copy.copy(model)
+    mm.__class__ = _momentum_class(type(model))
+    state = dict(model.__dict__)
+    for table, entries in state.items():
+        if table.startswith("_") and isinstance(entries, (dict, set)):
+            state[table] = copy.copy(entries)
+    mm.__dict__ = {**state, _STATE: momentum}
+    return mm
+
+
+@functools.cache
+def _momentum_class(original: type[nn.Module]) -> type[Any]:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_STATE].call(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        state = dict(self.__dict__)
+        return _rebuild, (original,), state
+
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (original,), namespace)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """An empty momentumized model, for unpickling."""
+    created = _momentum_class(original)
+    return created.__new__(created)

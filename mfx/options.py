@@ -1,0 +1,144 @@
+"""What the caller may ask for, checked at the door.
+
+:class:`Options` is the frozen value behind the keyword arguments of :func:`mfx.momentumize`,
+:func:`mfx.report` and :func:`mfx.verify`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfx.errors import InputTypeError, OptionError
+
+Gamma = float | Mapping[str, float]
+Patterns = str | Iterable[str] | None
+Velocity = str | Callable[[Any], nn.Module]
+
+_STATE_DTYPES = ("auto", torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAPTURES = ("auto", "fx")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one rewriting; see :func:`mfx.momentumize` for their meaning."""
+
+    gamma: float | tuple[tuple[str, float], ...] = 0.9
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    velocity: Velocity = "zero"
+    reversible: bool = True
+    state_dtype: torch.dtype | str = "auto"
+    tolerance: float | None = None
+    capture: str = "auto"
+    shapes: bool = False
+
+    def selects(self, name: str) -> bool:
+        """Whether ``include`` and ``exclude`` let a block through."""
+        wanted = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def gamma_of(self, name: str) -> float | None:
+        """The gamma of a block: the first pattern that matches; None where none does."""
+        if isinstance(self.gamma, float):
+            return self.gamma
+        return next((value for pattern, value in self.gamma if fnmatchcase(name, pattern)), None)
+
+
+def make_options(
+    gamma: Gamma = 0.9,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    modules: Patterns = None,
+    velocity: Velocity = "zero",
+    reversible: bool = True,
+    state_dtype: torch.dtype | str = "auto",
+    tolerance: float | None = None,
+    capture: str = "auto",
+) -> Options:
+    """Check each argument and freeze them."""
+    if not (velocity in ("zero", "first") if isinstance(velocity, str) else callable(velocity)):
+        raise OptionError(
+            f"velocity must be 'zero', 'first' or a factory velocity(chain) -> nn.Module, not {velocity!r}"
+        )
+    if state_dtype not in _STATE_DTYPES:
+        raise OptionError(f"state_dtype must be 'auto' or a floating dtype, not {state_dtype!r}")
+    if tolerance is not None and not (_is_real(tolerance) and 0 < tolerance < 1):
+        raise OptionError(f"tolerance must be a float between 0 and 1, or None, not {tolerance!r}")
+    if capture not in _CAPTURES:
+        raise OptionError(f"capture must be one of {', '.join(map(repr, _CAPTURES))}, not {capture!r}")
+    return Options(
+        gamma=check_gamma(gamma),
+        include=_patterns("include", include),
+        exclude=_patterns("exclude", exclude),
+        modules=_patterns("modules", modules),
+        velocity=velocity,
+        reversible=bool(reversible),
+        state_dtype=state_dtype,
+        tolerance=tolerance,
+        capture=capture,
+    )
+
+
+def check_gamma(gamma: Any) -> float | tuple[tuple[str, float], ...]:
+    """``gamma`` as a float in [0, 1), or as (pattern, float) pairs."""
+    if isinstance(gamma, Mapping):
+        if not gamma:
+            raise OptionError("gamma is an empty mapping: give at least one pattern, such as {'*': 0.9}")
+        return tuple((str(pattern), _gamma_value(value, f"gamma[{pattern!r}]")) for pattern, value in gamma.items())
+    return _gamma_value(gamma, "gamma")
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str], what: str = "block") -> None:
+    """Refuse patterns that match none of ``names``, listing near ones."""
+    names = list(names)
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
+        listed = f"; near names: {', '.join(map(repr, near))}" if near else f"; there is no {what} at all"
+        raise OptionError(f"{argument}={pattern!r} matches no {what}{listed}")
+
+
+def _gamma_value(value: Any, argument: str) -> float:
+    if not _is_real(value):
+        raise InputTypeError(
+            f"{argument} must be a float in [0, 1) or a mapping from block-name pattern to float, "
+            f"not {type(value).__name__} ({value!r})"
+        )
+    if math.isnan(value):
+        raise OptionError(f"{argument} is NaN; it must be a float in [0, 1)")
+    if value < 0:
+        raise OptionError(
+            f"{argument}={value!r} is negative: the velocity would change sign at every block; give a float in [0, 1)"
+        )
+    if value >= 1:
+        raise OptionError(
+            f"{argument}={value!r}: at gamma >= 1 the velocity never takes in the branches "
+            "(v <- gamma * v + (1 - gamma) * f(x)), so nothing would be learned; give a float in [0, 1), such as 0.9"
+        )
+    return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
+    if patterns is None:
+        return ()
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise InputTypeError(f"{argument} takes fnmatch patterns (str), not {type(pattern).__name__} ({pattern!r})")
+    return listed

@@ -1,0 +1,231 @@
+"""Rewrite: a graph and a plan to a new graph in which each chain is one momentum node.
+
+1. Chains take the place of their blocks' nodes; the order is a topological one that keeps the original's
+   wherever it can.
+2. A chain node's arguments are the root module, x_0, v_0 (or None), and for each block a tuple of operands:
+   its side values, then its parameters.  Its results are x_N, the taps, and the branch values handed out.
+3. Each branch becomes a graph, and a function, of its own: ``branch(root, x, *sides)``.
+
+Both kinds of graph take the root module as their first argument and name parameters, buffers and modules by
+path; they own nothing (M4).  This is the only module that builds graphs.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from mfx import operations
+from mfx.capture import ADDED
+from mfx.dataflow import Dataflow, get_attribute
+from mfx.find import Block, Found
+from mfx.momentum import ChainSpec, Escape, State, StepSpec
+from mfx.operations import Add
+from mfx.options import Options
+from mfx.plan import Chain, Plan
+
+_serial = count()
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """The new graph, and the function ``run(root, *tensors)`` that computes it."""
+
+    graph: fx.Graph
+    run: Callable[..., Any]
+    chains: tuple[ChainSpec, ...]
+
+    @property
+    def code(self) -> str:
+        """The graph as Python."""
+        return self.graph.python_code("self").src
+
+
+def rewrite(found: Found, plan: Plan) -> Rewritten:
+    """The graph of ``found`` with the chains of ``plan`` as momentum nodes."""
+    flow = found.flow
+    built = [_build(chain, plan.options, flow) for chain in plan.chains]
+    graph = fx.Graph()
+    root = graph.placeholder("root")
+    env: dict[fx.Node, fx.Node] = {}
+    for item in _order(flow, plan):
+        if isinstance(item, Chain):
+            _emit(graph, root, item, built[item.index], plan.options, env)
+        else:
+            env[item] = graph.node_copy(item, _lookup(item, env, plan))
+    graph.lint()
+    return Rewritten(graph, compile_graph(graph, "forward"), tuple(built))
+
+
+def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """The function of a graph whose first placeholder is the root module.
+
+    The root is given twice: as ``self`` for the modules named by path, and as the value that chains take.
+    """
+    code = graph.python_code("self")
+    filename = f"<mfx {name} {next(_serial)}>"
+    scope = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), scope)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    function = scope["forward"]
+    return lambda root, *inputs: function(root, root, *inputs)
+
+
+def _lookup(reader: fx.Node, env: dict[fx.Node, fx.Node], plan: Plan) -> Callable[[fx.Node], fx.Node]:
+    """Where a node outside the chains finds its inputs; what all states share is asked of x_0."""
+    if not operations.is_shape_query(reader):
+        return env.__getitem__
+    inputs = {block.output: chain.input for chain in plan.chains for block in chain.blocks[:-1]}
+    return lambda node: env[inputs[node]] if node in inputs and node not in env else env[node]
+
+
+def _order(flow: Dataflow, plan: Plan) -> list[fx.Node | Chain]:
+    """Chains and remaining nodes in an order that respects all inputs, and the original where it can."""
+    owner = {node: chain for chain in plan.chains for block in chain.blocks for node in block.nodes}
+    states = {block.output: chain for chain in plan.chains for block in chain.blocks[:-1]}
+    contracted = nx.DiGraph()
+    place = {node: index for index, node in enumerate(flow.nodes)}
+    for node in flow.nodes:
+        here = owner.get(node, node)
+        contracted.add_node(here)
+        for source in node.all_input_nodes:
+            before = owner.get(source, source)
+            if operations.is_shape_query(node) and source in states:
+                before = owner.get(states[source].input, states[source].input)
+            if before is not here:
+                contracted.add_edge(before, here)
+    when = {chain: place[chain.output] for chain in plan.chains}
+    return list(nx.lexicographical_topological_sort(contracted, lambda item: when.get(item, place.get(item, 0))))
+
+
+def _emit(
+    graph: fx.Graph,
+    root: fx.Node,
+    chain: Chain,
+    spec: ChainSpec,
+    options: Options,
+    env: dict[fx.Node, fx.Node],
+) -> None:
+    """Add the momentum node of ``chain``, and name its results in ``env``."""
+    x = env[chain.input]
+    velocity = graph.call_module(f"{ADDED}.{chain.index}", (x,)) if callable(options.velocity) else None
+    groups = []
+    for block, step in zip(chain.blocks, spec.steps, strict=True):
+        outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
+        parameters = [graph.get_attr(_join(*aliases[0])) for aliases in step.parameters]
+        groups.append((*outer, *parameters))
+    node = graph.call_function(_named(spec), (root, x, velocity, *groups))
+    for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
+        env[value] = graph.call_function(operator.getitem, (node, position))
+
+
+def _named(spec: ChainSpec) -> Callable[..., Any]:
+    """The chain as a function of its own name, which is what a graph prints."""
+
+    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any) -> Any:
+        return spec(root, x, velocity, *operands)
+
+    momentum.__name__ = momentum.__qualname__ = spec.name
+    momentum.__module__ = "mfx"
+    return momentum
+
+
+def _build(chain: Chain, options: Options, flow: Dataflow) -> ChainSpec:
+    inside = {node for block in chain.blocks for node in block.nodes}
+    values: dict[fx.Node, State | Escape] = {}
+    steps = []
+    for index, (block, gamma) in enumerate(zip(chain.blocks, chain.gammas, strict=True)):
+        steps.append(_step(block, gamma, values, flow))
+        values[block.output] = State(index)
+        values.update({node: Escape(index, number) for number, node in enumerate(block.escapes)})
+    handed = (chain.output, *chain.taps, *chain.escapes)
+    taps = [values[tap] for tap in chain.taps]
+    return ChainSpec(
+        name=f"momentum_{chain.index}",
+        steps=tuple(steps),
+        schedule=chain.schedule,
+        taps=tuple(tap.step for tap in taps),
+        copied=frozenset(i for i, value in enumerate(handed) if _overwritten(value, inside, flow)),
+        reversible=options.reversible,
+    )
+
+
+def _overwritten(value: fx.Node, inside: set[fx.Node], flow: Dataflow) -> bool:
+    """Whether code outside the chain writes to a value that is handed out."""
+    return any(writer not in inside for writer in flow.writers.get(flow.memory[value], ()))
+
+
+def _step(block: Block, gamma: float, values: dict[fx.Node, State | Escape], flow: Dataflow) -> StepSpec:
+    modules = dict.fromkeys(str(node.target) for node in block.members if node.op == "call_module")
+    attributes = [str(node.target) for node in block.members if node.op == "get_attr"]
+    buffers = [path for path in attributes if not isinstance(get_attribute(flow.root, path), nn.Parameter)]
+    return StepSpec(
+        name=block.name,
+        branch=compile_graph(branch_graph(block, flow), f"branch {block.name}"),
+        gamma=gamma,
+        wrapped=block.kind == "wrapped",
+        scale=block.scale,
+        written=block.written,
+        sides=tuple(values.get(side) for side in block.sides),
+        parameters=_parameters(flow.root, modules, attributes),
+        modules=tuple(modules),
+        buffers=tuple(dict.fromkeys(_split(path) for path in buffers)),
+        draws=any(operations.is_random(node, flow.root) for node in block.members),
+        sees_grad_mode=any(operations.sees_grad_mode(node, flow.root) for node in block.members),
+    )
+
+
+def _parameters(
+    root: nn.Module, modules: Iterable[str], attributes: Iterable[str]
+) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Each parameter that a branch uses, with all the names it goes by there."""
+    aliases: dict[int, list[tuple[str, str]]] = {}
+    for path in modules:
+        for name, parameter in root.get_submodule(path).named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(_split(f"{path}.{name}"))
+    for path in attributes:
+        value = get_attribute(root, path)
+        if isinstance(value, nn.Parameter) and _split(path) not in aliases.setdefault(id(value), []):
+            aliases[id(value)].append(_split(path))
+    return tuple(tuple(dict.fromkeys(names)) for names in aliases.values())
+
+
+def branch_graph(block: Block, flow: Dataflow) -> fx.Graph:
+    """The branch of ``block``: ``branch(root, x, *sides) -> (value, *escapes)``."""
+    graph = fx.Graph()
+    graph.placeholder("root")
+    env = {block.skip: graph.placeholder("x")}
+    for number, side in enumerate(block.sides):
+        env[side] = graph.placeholder(f"side_{number}")
+    for node in block.members:
+        if block.tail and node is block.tail[0] and block.written == "skip":
+            env[node] = _functional(graph, flow.adds[node], env)
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in (block.value, *block.escapes)))
+    graph.lint()
+    return graph
+
+
+def _functional(graph: fx.Graph, form: Add, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """An in-place add into x as one that leaves x alone; the result has x's dtype, as there."""
+    kwargs = {} if form.scale == 1.0 else {"alpha": form.scale}
+    total = graph.call_function(torch.add, (env[form.left], env[form.right]), kwargs)
+    return graph.call_method("type_as", (total, env[form.left]))
+
+
+def _split(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition(".")
+    return owner, name
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
