@@ -22,9 +22,10 @@ import torch
 from torch import fx
 
 from mfx import operations
+from mfx.block import Block, Rejection
 from mfx.dataflow import Dataflow
 from mfx.errors import Reason
-from mfx.find import Block, Found, Rejection
+from mfx.find import Found
 from mfx.options import Options, check_patterns
 from mfx.precision import Schedule, schedule
 

@@ -24,13 +24,15 @@ import torch
 from torch import fx, nn
 
 from mfx import operations
+from mfx.block import Block
 from mfx.capture import ADDED
 from mfx.dataflow import Dataflow, get_attribute
-from mfx.find import Block, Found
+from mfx.find import Found
 from mfx.momentum import ChainSpec, Escape, State, StepSpec
 from mfx.operations import Add
 from mfx.options import Options
 from mfx.plan import Chain, Plan
+from mfx.reversible import run
 
 _serial = count()
 
@@ -131,7 +133,7 @@ def _named(spec: ChainSpec) -> Callable[..., Any]:
     """The chain as a function of its own name, which is what a graph prints."""
 
     def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any) -> Any:
-        return spec(root, x, velocity, *operands)
+        return run(spec, root, x, velocity, *operands)
 
     momentum.__name__ = momentum.__qualname__ = spec.name
     momentum.__module__ = "mfx"

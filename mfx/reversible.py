@@ -1,0 +1,352 @@
+"""Run a chain: without storing activations where gradients are wanted, plainly elsewhere.
+
+1. ``Close`` ends the chain.  Every value that leaves the chain leaves through it, and it alone saves the end
+   state and the snapshots, so every backward starts there: it puts the state on the *tape*.
+2. Each ``Step`` takes (x', v') off the tape, steps back to ``x = x' - v'`` (or takes x from a snapshot), runs its
+   branch once more under the conditions of the first run (:mod:`mfx.recompute`), differentiates it, and leaves
+   (x, v) on the tape.  Its gradients leave at once, so the last block's come first (M10).
+
+Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
+Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
+forward-mode differentiation the recurrence runs with stored activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mfx.errors import BackwardError
+from mfx.momentum import ChainSpec, Inner, StepSpec, advance, retreat, stored
+from mfx.precision import Schedule
+from mfx.recompute import Autocast, Conditions, parameters_as_operands
+
+Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
+
+
+def run(
+    chain: ChainSpec, root: nn.Module, x: Tensor, velocity: Tensor | None, *operands: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order."""
+    plan = chain.schedule(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+    state = x.to(plan.state_dtype)
+    velocity = None if velocity is None else velocity.to(plan.state_dtype)
+    if chain.reversible and _wants_gradient(x, velocity, operands):
+        return _reversible(chain, plan, root, state, velocity, operands, x.dtype)
+    return stored(chain, root, state, velocity, operands, x.dtype)
+
+
+def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
+    """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    tensors = [x, velocity, *(operand for group in operands for operand in group)]
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def _reversible(
+    chain: ChainSpec,
+    plan: Schedule,
+    root: nn.Module,
+    x: Tensor,
+    v: Tensor | None,
+    operands: Sequence[Sequence[Any]],
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """One autograd node a block, and one that closes the chain."""
+    tape = Tape(chain, plan, root, Autocast.current(x.device), dtype)
+    inner = Inner(chain)
+    for index in range(len(chain.steps)):
+        x, v, *extra = Step.apply(tape, index, x, v, *inner.operands(index, operands[index]))  # type: ignore[misc]
+        inner.record(x, extra, tape.dtypes[-1])
+    return Close.apply(tape, x, v, *inner.handed_out())  # type: ignore[return-value]
+
+
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell ``observer(chain, i, x_i, v_i)`` each state of the reversible chains that start in this context.
+
+    Forward the states 1 to N are told, v None; backward the states N - 1 to 0 as they are reconstructed.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+class Tape:
+    """What one forward of one chain leaves for its backward, and the state while it runs."""
+
+    def __init__(
+        self, chain: ChainSpec, plan: Schedule, root: nn.Module, autocast: Autocast, dtype: torch.dtype
+    ) -> None:
+        self.chain = chain
+        self.plan = plan
+        self.root = root
+        self.autocast = autocast
+        self.dtypes = [dtype]
+        self.strides: list[tuple[int, ...]] = []
+        self.first: int | None = None
+        self.snapshots: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.state: tuple[Tensor, Tensor] | None = None
+        self.position = -1
+        self.observer = _observers[-1] if _observers else None
+
+    @cached_property
+    def inverts_last(self) -> bool:
+        """Whether the backward of the last step needs the end state."""
+        return len(self.chain.steps) - 1 not in self.plan.snapshots
+
+    def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
+        """Tell the observer, if any, about a state."""
+        if self.observer is not None:
+            self.observer(self.chain.name, index, x, v)
+
+    def before(self, index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x_i, v_i where a snapshot holds it, and v_(i+1) where it is needed to find v_i."""
+        if self.position != index + 1:
+            raise BackwardError(
+                f"{self.chain.name}: block {self.chain.steps[index].name!r} ran out of turn in backward; "
+                "a backward through a chain has to start at the chain's outputs"
+            )
+        self.position = index
+        if index in self.snapshots:
+            self.state = None
+            x, v = self.snapshots.pop(index)
+            return x, v, None
+        assert self.state is not None
+        x, v = self.state
+        return _with_strides(x - v, self.strides[index]).to(self.dtype_of_state(index)), None, v
+
+    def dtype_of_state(self, index: int) -> torch.dtype:
+        """The dtype in which x_i was carried."""
+        return torch.promote_types(self.plan.state_dtype, self.dtypes[index])
+
+
+def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+class Step(torch.autograd.Function):
+    """``(x, v, operands) -> (x', v', escapes)``; saves its operands only."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, index: int, x: Tensor, v: Tensor | None, *operands: Any) -> Any:
+        step = tape.chain.steps[index]
+        ctx.set_materialize_grads(False)
+        ctx.tape, ctx.index = tape, index
+        ctx.save_for_backward(*(operand for operand in operands if isinstance(operand, Tensor)))
+        ctx.constants = [None if isinstance(operand, Tensor) else (operand,) for operand in operands]
+        if tape.first is None and any(ctx.needs_input_grad):
+            tape.first = index
+        tape.strides.append(x.stride())
+        if index in tape.plan.snapshots:
+            tape.snapshots[index] = (x, v if tape.plan.keeps_velocity(index) else None)
+        sides = operands[: len(step.sides)]
+        seen = [tensor for tensor in (x, *sides) if isinstance(tensor, Tensor)]
+        versions = [tensor._version for tensor in seen]
+        ctx.conditions = _conditions(step, tape.root, x)
+        ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
+        with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step):
+            inner = x.detach().requires_grad_() if step.sees_grad_mode else x
+            value, *extra = step.branch(tape.root, inner.to(tape.dtypes[index]), *sides)
+        value, *extra = [out.detach() if isinstance(out, Tensor) else out for out in (value, *extra)]
+        if [tensor._version for tensor in seen] != versions:
+            raise BackwardError(
+                f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
+                f"be recomputed. Keep the block as it is with exclude={step.name!r}"
+            )
+        tape.dtypes.append(step.result_dtype(tape.dtypes[index], value.dtype))
+        x, v = advance(step, x, v, value)
+        tape.observe(index + 1, x)
+        return (x, v, *extra)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, grad_v: Tensor | None, *grad_extra: Tensor | None) -> Any:
+        _refuse_double_backward(ctx.tape)
+        tape, index = ctx.tape, ctx.index
+        step: StepSpec = tape.chain.steps[index]
+        x, v, v_after = tape.before(index)
+        saved = iter(_saved(ctx, f"a parameter or side input of block {step.name!r}"))
+        operands = [next(saved) if held is None else held[0] for held in ctx.constants]
+        _refuse_moved(ctx, step, operands)
+        grad_v = _sum(grad_v, grad_x)
+        pull = None if grad_v is None else grad_v * ((1 - step.gamma) * step.scale)
+        rest = any(grad is not None for grad in grad_extra)
+        divides = v_after is not None and step.gamma != 0 and (index > 0 or tape.observer is not None)
+        value, grads = None, [None] * (1 + len(operands))
+        if divides or pull is not None or rest:
+            value, grads = _recompute(ctx, step, x, operands, pull, grad_extra)
+        if divides and value is not None:
+            v = retreat(step, x, v_after, value)
+        tape.observe(index, x, v)
+        tape.state = None if v is None or index == tape.first else (x, v)
+        own_x, own_v = _state_gradients(step, grad_x, grad_v, pull, grads[0])
+        return None, None, own_x, own_v if ctx.needs_input_grad[3] else None, *grads[1:]
+
+
+def _state_gradients(
+    step: StepSpec, grad_x: Tensor | None, total: Tensor | None, pull: Tensor | None, branch: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and v, from that of x', that of v' with x' in it, and the branch's."""
+    if step.wrapped and total is not None:
+        through = None if step.gamma == 0 and grad_x is total else _sum(grad_x, -pull)  # type: ignore[operator]
+    else:
+        through = grad_x
+    return _sum(through, branch), None if total is None or step.gamma == 0 else total * step.gamma
+
+
+def _recompute(
+    ctx: Any,
+    step: StepSpec,
+    x: Tensor,
+    operands: list[Any],
+    pull: Tensor | None,
+    grad_extra: Sequence[Tensor | None],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The branch's value once more, and the gradients of x and the operands."""
+    tape, conditions = ctx.tape, ctx.conditions
+    wanted = ctx.needs_input_grad[2:3] + ctx.needs_input_grad[4:]
+    differentiate = (pull is not None or any(grad is not None for grad in grad_extra)) and any(wanted)
+    owners = _owners(step, tape.root)
+    with conditions.restored(), parameters_as_operands(owners, operands[len(step.sides) :]) as parameters:
+        sides = [_leaf(side) for side in operands[: len(step.sides)]]
+        x = x.detach().requires_grad_(wanted[0])
+        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound():
+            value, *extra = step.branch(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
+        leaves = [x, *sides, *parameters]
+        if not differentiate:
+            return value, [None] * len(leaves)
+        pairs = [
+            (output, grad.to(output.dtype))
+            for output, grad in zip((value, *extra), (pull, *grad_extra), strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        grads = _gradients(pairs, leaves, wanted)
+    return value.detach(), grads
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    if not pairs or not asked:
+        return [None] * len(leaves)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    return [next(found) if want else None for want in wanted]
+
+
+class Close(torch.autograd.Function):
+    """``(x_N, v_N, handed out) -> (x_N, handed out)``; saves the end state and the snapshots."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, x: Tensor, v: Tensor, *handed: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.tape = tape
+        kept = [tensor for pair in tape.snapshots.values() for tensor in pair if tensor is not None]
+        end = [x, v] if tape.inverts_last else []
+        ctx.save_for_backward(*end, *kept)
+        ctx.layout = [(index, pair[1] is not None) for index, pair in tape.snapshots.items()]
+        tape.snapshots = {}
+        values = (x.to(tape.dtypes[-1]), *handed)
+        return tuple(_handed_out(value, index in tape.chain.copied) for index, value in enumerate(values))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        tape = ctx.tape
+        _refuse_double_backward(tape)
+        saved = iter(_saved(ctx, f"an output of {tape.chain.name}, or a value it keeps,"))
+        tape.state = (next(saved), next(saved)) if tape.inverts_last else None
+        tape.snapshots = {index: (next(saved), next(saved) if both else None) for index, both in ctx.layout}
+        tape.position = len(tape.chain.steps)
+        return None, grads[0], None, *grads[1:]
+
+
+@contextlib.contextmanager
+def _as_recomputed(step: StepSpec) -> Iterator[None]:
+    """The grad mode of the recomputation, for branches that look at it; what autograd saves is let go."""
+    if not step.sees_grad_mode:
+        yield
+        return
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+    ):
+        yield
+
+
+def _handed_out(value: Any, copied: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if copied else value.detach()
+
+
+def _conditions(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
+    called = {module: None for path in step.modules for module in root.get_submodule(path).modules()}
+    buffers = tuple((root.get_submodule(path), name) for path, name in step.buffers)
+    return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
+
+
+def _owners(step: StepSpec, root: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    return [[(root.get_submodule(path), name) for path, name in aliases] for aliases in step.parameters]
+
+
+def _leaf(side: Any) -> Any:
+    return side.detach().requires_grad_(side.requires_grad) if isinstance(side, Tensor) else side
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def _pointer(operand: Any) -> int | None:
+    """Where a parameter's values lie; None where that cannot be told."""
+    plain = type(operand) in (Tensor, nn.Parameter) and not operand.is_meta
+    return operand.data_ptr() if plain else None
+
+
+def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BackwardError(
+            f"{what} was changed in place between forward and backward, so the chain cannot be run backwards as it "
+            "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
+            f"stored. From autograd: {error}"
+        ) from error
+
+
+def _refuse_moved(ctx: Any, step: StepSpec, operands: list[Any]) -> None:
+    owners = _owners(step, ctx.tape.root)
+    for ((module, name), *_), operand, pointer in zip(owners, operands[len(step.sides) :], ctx.pointers, strict=True):
+        if module._parameters.get(name) is operand and pointer is not None and _pointer(operand) != pointer:
+            raise BackwardError(
+                f"block {step.name!r}: parameter {name!r} of {type(module).__name__} was given other values "
+                "(.data = ...) between forward and backward, so its branch cannot be recomputed as it ran. Do so "
+                "after backward"
+            )
+
+
+def _refuse_double_backward(tape: Tape) -> None:
+    if torch.is_grad_enabled():
+        raise BackwardError(
+            f"{tape.chain.name}: create_graph=True (double backward) is not supported by the reversible run. "
+            "Use reversible=False, which stores activations and can be differentiated any number of times"
+        )
