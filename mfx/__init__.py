@@ -14,6 +14,8 @@ from mfx.errors import (
     ShapeError,
 )
 from mfx.model import graph_of, momentumize, set_gamma
+from mfx.report import Report, report
+from mfx.verify import Verification, verify
 
 __all__ = [
     "BackwardError",
@@ -26,8 +28,12 @@ __all__ = [
     "OptionError",
     "PlanChangedError",
     "Reason",
+    "Report",
     "ShapeError",
+    "Verification",
     "graph_of",
     "momentumize",
+    "report",
     "set_gamma",
+    "verify",
 ]

@@ -28,13 +28,13 @@ from torch.utils import _pytree as pytree
 
 from mfx import operations
 from mfx.errors import CaptureError, InputTypeError
-from mfx.tracer import Tracer
+from mfx.tracer import Constant, Tracer
 
 ADDED = "momentum_velocity"
 """The one child a momentumized model has beyond the original's: its learned velocities."""
 
 _MISSING = object()
-_OURS = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+_OURS = (os.path.dirname(__file__), os.path.dirname(fx.__file__))
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -165,6 +165,7 @@ def capture(model: nn.Module, forward: Any, signature: Signature, leaves: tuple[
             draws = _generator_states()
             graph = tracer.trace(model)
             _refuse_frozen_draws(draws)
+        _refuse_written_constants(graph, model)
         _refuse_assignments(before, tracer)
     except CaptureError:
         raise
@@ -235,6 +236,21 @@ def _refuse_frozen_draws(before: tuple[Any, ...]) -> None:
         )
 
 
+def _refuse_written_constants(graph: fx.Graph, root: nn.Module) -> None:
+    """A tensor made while tracing is one for all calls; a write to it would be seen by the next."""
+    for node in graph.nodes:
+        for owner in operations.writes(node, root):
+            while (shared := operations.aliased(owner, root)) is not None:
+                owner = shared
+            if isinstance(owner.target, Constant):
+                raise CaptureError(
+                    f"the model's forward writes in place ({node}) to a tensor that it makes without regard to its "
+                    "inputs, or that is no parameter or buffer; a captured graph would hold one for all calls. Make "
+                    "it from an input (x.new_zeros(...), torch.zeros_like(x)), register it as a buffer, or take the "
+                    "module whole with modules="
+                )
+
+
 def _refuse_assignments(before: dict[nn.Module, dict[str, Any]], tracer: Tracer) -> None:
     for path, module in tracer.entered.items():
         was = before[module]
@@ -267,13 +283,13 @@ def _explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError
     theirs = [frame for frame in frames if not frame.filename.startswith(_OURS)]
     where = theirs[-1] if theirs else frames[-1]
     line = f"{where.filename}:{where.lineno}: {where.line}"
+    remedy = f"modules={scope.path!r}, or a part that holds it" if scope.path else "modules= and its parts' paths"
     return CaptureError(
         f"symbolic tracing stopped in module {scope.path or '(root)'!r} ({type(module).__name__}) at\n"
         f"    {line}\n"
         f"    {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-        "its Python depends on values that are known only at run time. Take the module whole with "
-        f"modules={scope.path or '<path>'!r}, or a part that holds it; or rewrite that line so that it "
-        "does not branch on tensors."
+        f"its Python depends on values that are known only at run time. Take the module whole with {remedy}; "
+        "or rewrite that line so that it does not branch on tensors."
     )
 
 

@@ -139,13 +139,11 @@ def _memory(nodes: tuple[fx.Node, ...], root: nn.Module) -> dict[fx.Node, fx.Nod
     memory: dict[fx.Node, fx.Node] = {}
     attributes: dict[object, fx.Node] = {}
     for node in nodes:
+        shared = operations.aliased(node, root)
         if node.op == "get_attr":
             memory[node] = attributes.setdefault(node.target, node)
-        elif node.all_input_nodes and operations.is_view(node, root) and not operations.is_query(node):
-            written = operations.writes(node, root)
-            memory[node] = memory[written[0] if written else node.all_input_nodes[0]]
         else:
-            memory[node] = node
+            memory[node] = node if shared is None else memory[shared]
     return memory
 
 

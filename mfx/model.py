@@ -46,12 +46,16 @@ _MOST_GRAPHS = 32
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One captured and rewritten form of a model."""
+    """One captured and rewritten form of a model.
+
+    ``sizes`` are the bytes each original node keeps for backward, where shapes are known.
+    """
 
     capture: Capture
     found: Found
     plan: Plan
     rewritten: Rewritten
+    sizes: dict[fx.Node, int]
 
     def run(self, root: nn.Module, tensors: list[torch.Tensor]) -> Any:
         """The model's output."""
@@ -122,11 +126,10 @@ def prepare(
         paths = [path for path, _ in model.named_modules() if path]
         check_patterns("modules", options.modules, paths, "module")
     captured = capture(model, forward, signature, options.modules)
-    if options.shapes and tensors is not None:
-        propagate_shapes(captured.graph, model, tensors)
+    sizes = propagate_shapes(captured.graph, model, tensors) if options.shapes and tensors is not None else {}
     found = find(captured.graph, model, frozenset(_whole_modules(captured.graph, options)))
     planned = plan(found, options)
-    return Entry(captured, found, planned, rewrite(found, planned))
+    return Entry(captured, found, planned, rewrite(found, planned), sizes)
 
 
 def _whole_modules(graph: fx.Graph, options: Options) -> Iterator[fx.Node]:

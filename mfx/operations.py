@@ -36,6 +36,8 @@ _VIEWS = frozenset(
     "broadcast_to atleast_1d atleast_2d atleast_3d ravel view_as_real view_as_complex requires_grad_".split()
 )
 
+_NORMS = ("batch_norm", "instance_norm")
+
 _RANDOM = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout "
     "dropout_ alpha_dropout_ feature_dropout_ feature_alpha_dropout_ rand randn randint randperm normal rand_like "
@@ -163,9 +165,15 @@ def is_noop(node: fx.Node, root: nn.Module) -> bool:
     return False
 
 
-def is_view(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node's value may share memory with its first input."""
-    return name_of(node, root) in _VIEWS or bool(writes(node, root))
+def aliased(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The input whose memory the node's value may be (a part of), if any."""
+    if is_query(node) or not node.all_input_nodes:
+        return None
+    name = name_of(node, root)
+    if name in _VIEWS:
+        return node.all_input_nodes[0]
+    # Normalization writes to its statistics and returns something else.
+    return None if name in _NORMS else next(iter(writes(node, root)), None)
 
 
 def writes(node: fx.Node, root: nn.Module) -> tuple[fx.Node, ...]:
@@ -184,7 +192,7 @@ def writes(node: fx.Node, root: nn.Module) -> tuple[fx.Node, ...]:
         return _first_nodes(node.args[:1] or tuple(node.kwargs.values())[:1])
     if node.kwargs.get("inplace") is True or _positional_inplace(node):
         return _first_nodes(node.args[:1] or (node.kwargs.get("input"),))
-    if name in ("batch_norm", "instance_norm") and _moves_statistics(node, name):
+    if name in _NORMS and _moves_statistics(node, name):
         return _first_nodes((argument(node, 1, "running_mean"), argument(node, 2, "running_var")), every=True)
     return ()
 

@@ -41,6 +41,11 @@ class Schedule:
         """Whether the snapshot before ``step`` needs v beside x."""
         return step > 0 and step - 1 not in self.snapshots
 
+    def state_count(self, steps: int) -> int:
+        """How many tensors of x's size a chain of ``steps`` keeps for backward."""
+        kept = sum(2 if self.keeps_velocity(step) else 1 for step in self.snapshots)
+        return kept + (0 if steps - 1 in self.snapshots else 2)
+
 
 def default_tolerance(dtype: torch.dtype) -> float:
     """The relative error a chain in ``dtype`` may make when ``tolerance=None``."""

@@ -63,6 +63,7 @@ def _reversible(
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
     tape = Tape(chain, plan, root, Autocast.current(x.device), dtype)
+    tape.observe(0, x, v)
     inner = Inner(chain)
     for index in range(len(chain.steps)):
         x, v, *extra = Step.apply(tape, index, x, v, *inner.operands(index, operands[index]))  # type: ignore[misc]
@@ -77,7 +78,7 @@ _observers: list[Observer] = []
 def observing(observer: Observer) -> Iterator[None]:
     """Tell ``observer(chain, i, x_i, v_i)`` each state of the reversible chains that start in this context.
 
-    Forward the states 1 to N are told, v None; backward the states N - 1 to 0 as they are reconstructed.
+    Forward the states 0 to N are told; backward the states N - 1 to 0 as they are reconstructed.
     """
     _observers.append(observer)
     try:
@@ -172,7 +173,7 @@ class Step(torch.autograd.Function):
             )
         tape.dtypes.append(step.result_dtype(tape.dtypes[index], value.dtype))
         x, v = advance(step, x, v, value)
-        tape.observe(index + 1, x)
+        tape.observe(index + 1, x, v)
         return (x, v, *extra)
 
     @staticmethod

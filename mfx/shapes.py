@@ -1,70 +1,131 @@
-"""Shapes: what each node of a captured graph has, without computing any values.
+"""Shapes: what each node of a captured graph gives and keeps, without computing any values.
 
 The graph is interpreted on fake tensors (:mod:`torch._subclasses.fake_tensor`), which know shape, dtype and
-device and hold no memory.
+device and hold no memory; so inputs of any size cost nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from mfx.dataflow import SHAPE
+from mfx.errors import InputTypeError
+from mfx.memory import KeptBytes
+
+DTYPE = "mfx_dtype"
+"""node.meta key: the dtype of the node's value, where shapes are known."""
 
 
-def fake_mode_of(tensors: list[torch.Tensor]) -> FakeTensorMode:
-    """The mode of the given fake tensors, or a new one."""
-    for tensor in tensors:
+class Fake:
+    """A place where ``model`` runs on fake inputs; its parameters and buffers stay untouched."""
+
+    def __init__(self, model: nn.Module, tensors: list[torch.Tensor]) -> None:
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        self.mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = model
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.tensors = [self._fake(tensor) for tensor in tensors]
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
-            return tensor.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
+            return tensor
+        if not tensor.is_meta:
+            return self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+    @contextmanager
+    def __call__(self) -> Any:
+        """Run here: fake parameters and buffers, and a generator that does not move."""
+        held = [
+            (table, name, tensor)
+            for module in self.model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        fakes = {id(tensor): self._twin(tensor) for _, _, tensor in held}
+        try:
+            for table, name, tensor in held:
+                table[name] = fakes[id(tensor)]
+            with self.mode, torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for table, name, tensor in held:
+                table[name] = tensor
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        fake = self._fake(tensor)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def kept_bytes(self, run: Callable[..., Any]) -> int:
+        """Bytes that ``run(model, *tensors)`` would keep for backward."""
+        with self(), torch.enable_grad():
+            with KeptBytes([*self.model.parameters(), *self.model.buffers(), *self.tensors]) as kept:
+                output = run(self.model, *self.tensors)
+            total = kept.total()
+            del output
+        return total
 
 
-def to_fake(tensors: list[torch.Tensor], mode: FakeTensorMode, device: torch.device) -> list[torch.Tensor]:
-    """The tensors without memory; those on the meta device are taken to be on ``device``."""
-    return [_to_fake(tensor, mode, device) for tensor in tensors]
+class _Interpreter(fx.Interpreter):
+    """Runs a root-relative graph node by node, noting each value's shape and dtype."""
 
-
-def _to_fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
-    if isinstance(tensor, FakeTensor):
-        return tensor
-    if not tensor.is_meta:
-        return mode.from_tensor(tensor.detach(), static_shapes=True)
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs the graph node by node, noting each value's shape."""
-
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        holder = nn.Module()
-        super().__init__(holder, graph=graph)
-        self.model = root
+    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+        super().__init__(nn.Module(), graph=graph)
+        self.root = root
+        self.kept = kept
 
     def fetch_attr(self, target: str) -> Any:
         owner, _, name = target.rpartition(".")
-        return getattr(self.model.get_submodule(owner), name)
+        return getattr(self.root.get_submodule(owner), name)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.model.get_submodule(target)(*args, **kwargs)
+        return self.root.get_submodule(target)(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        self.kept.owner = n
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            n.meta[SHAPE] = tuple(value.shape)
+            n.meta[SHAPE], n.meta[DTYPE] = tuple(value.shape), value.dtype
             if n.op == "call_method" and n.target == "to":
                 source = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
                 n.meta["dtype_kept"] = isinstance(source, torch.Tensor) and source.dtype == value.dtype
         return value
 
 
-def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[torch.Tensor]) -> None:
-    """Note the shape of every node's value in its meta, for inputs like ``tensors``."""
-    mode = fake_mode_of(tensors)
-    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
-    with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _Shapes(graph, root).run(*to_fake(tensors, mode, device))
+def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[torch.Tensor]) -> dict[fx.Node, int]:
+    """Note shape and dtype of every node's value in its meta; gives the bytes each keeps for backward.
+
+    A model whose shapes depend on values is interpreted as far as that goes.
+
+    Raises:
+        InputTypeError: the inputs do not fit the model.
+    """
+    fake = Fake(root, tensors)
+    with fake(), torch.enable_grad():
+        output = None
+        with KeptBytes([*root.parameters(), *root.buffers(), *fake.tensors]) as kept:
+            try:
+                output = _Interpreter(graph, root, kept).run(*fake.tensors)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                return {}
+            except (RuntimeError, TypeError, ValueError) as error:
+                shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+                raise InputTypeError(
+                    f"example_inputs do not fit the model (received {shapes}): {str(error).splitlines()[0]}"
+                ) from error
+        sizes = {node: size for node, size in kept.by_owner().items() if isinstance(node, fx.Node)}
+        del output
+    return sizes

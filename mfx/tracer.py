@@ -8,7 +8,8 @@ Beyond :class:`torch.fx.Tracer`:
 3. tensor factories take symbolic sizes, dtypes and devices, and random factories are always recorded:
    a draw is never frozen into the graph;
 4. constants met on the way are held by the graph, not written into the model;
-5. forward hooks of entered modules do not run (they would see symbolic values).
+5. ``x += y`` is recorded as a write to x;
+6. forward hooks of entered modules do not run (they would see symbolic values).
 
 Known limits: control flow that depends on a tensor's value or shape cannot be followed.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,10 +30,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mfx import operations
+
 SCOPE = "mfx_scope"
 """node.meta key: the :class:`Scope` in which the node ran."""
 RETURNED = "mfx_returned"
 """node.meta key: the set of scopes whose forward returned this node's value."""
+_NUMBER = "mfx_number"
 
 _FACTORIES = (
     "arange linspace logspace zeros ones full empty eye tensor as_tensor scalar_tensor tril_indices "
@@ -123,7 +128,11 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta[SCOPE] = self.current
+        node.meta[_NUMBER] = _is_number(node)
         return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._paths:
@@ -136,11 +145,37 @@ class Tracer(fx.Tracer):
                 return self.create_node("get_attr", self._paths[id(a)], (), {})
             return self.create_node("call_function", self._constant(a), (), {})
         if isinstance(a, torch.Generator):
-            return a
+            return self.create_node("call_function", self._constant(a), (), {})
         return super().create_arg(a)
 
     def _constant(self, value: Any) -> Constant:
         return self._constants.setdefault(id(value), Constant(value, len(self._constants)))
+
+
+class _Value(fx.Proxy):
+    """A symbolic value that records ``x += y`` as the write to x that it is, and not as ``x = x + y``."""
+
+
+def _augmented(name: str) -> Callable[[_Value, Any], fx.Proxy]:
+    def assign(self: _Value, other: Any) -> fx.Proxy:
+        # Python rebinds the name of a number: who holds the old one keeps it.
+        target = getattr(operator, name.removeprefix("i") if self.node.meta[_NUMBER] else name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return assign
+
+
+for _name in "iadd isub imul itruediv ifloordiv imod ipow ilshift irshift ixor".split():
+    setattr(_Value, f"__{_name}__", _augmented(_name))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether the value is a size or the like, or what Python computes from such."""
+    if operations.is_query(node):
+        return True
+    python = getattr(node.target, "__module__", "") == "_operator"
+    inputs = node.all_input_nodes
+    return python and bool(inputs) and all(source.meta.get(_NUMBER, False) for source in inputs)
 
 
 def _mark_returned(value: Any, scope: Scope) -> None:

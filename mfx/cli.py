@@ -1,0 +1,145 @@
+"""The command line: ``mfx report`` and ``mfx verify`` for a model that can be named.
+
+A model is ``torchvision:NAME`` or ``package.module:callable``, the callable giving a module when called without
+arguments.  Each ``--input`` is a shape with an optional dtype and, for integers, an upper bound:
+``8,3,224,224``, ``8,128:int64:30522``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfx.errors import InputTypeError, MfxError, OptionError
+from mfx.report import report
+from mfx.verify import verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; gives the exit status.
+
+    Example:
+        >>> main(["report", "torchvision:resnet18", "--input", "2,3,64,64", "--gamma", "1.5"])
+        2
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except MfxError as error:
+        print(f"mfx: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mfx", description="Momentum residual networks as a compiler pass.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, summary in (
+        ("report", _report, "which residual blocks can be rewritten, which cannot, and why"),
+        ("verify", _verify, "the reversible run against the stored one, on random inputs"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument("model", help="torchvision:NAME or package.module:callable")
+        command.add_argument(
+            "--input", action="append", default=[], metavar="SHAPE[:DTYPE[:BOUND]]", help="one for each argument"
+        )
+        command.add_argument("--gamma", type=float, default=0.9)
+        command.add_argument("--include", action="append", metavar="PATTERN")
+        command.add_argument("--exclude", action="append", metavar="PATTERN")
+        command.add_argument("--modules", action="append", metavar="PATTERN")
+        command.add_argument("--dtype", default="float32", help="of the model and its floating inputs")
+        command.add_argument("--eval", action="store_true", help="in eval mode instead of train mode")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    model = _model(options)
+    inputs = tuple(_input(text, options.dtype, "meta") for text in options.input)
+    _show(report(model, inputs or None, **_choices(options)), options)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if not options.input:
+        raise OptionError("verify runs the model, so it needs --input, such as --input 8,3,224,224")
+    model = _model(options)
+    result = verify(model, tuple(_input(text, options.dtype, "cpu") for text in options.input), **_choices(options))
+    _show(result, options)
+    return 0 if result.ok else 1
+
+
+def _show(result: Any, options: argparse.Namespace) -> None:
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
+
+
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("gamma", "include", "exclude", "modules")}
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(options.seed)
+    source, colon, name = options.model.partition(":")
+    if not colon or not name:
+        raise OptionError(f"model {options.model!r} is neither torchvision:NAME nor package.module:callable")
+    model = _torchvision(name) if source == "torchvision" else _imported(source, name)
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"{options.model} gave {type(model).__name__}, not a torch.nn.Module")
+    return model.train(not options.eval).to(_dtype(options.dtype))
+
+
+def _torchvision(name: str) -> nn.Module:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise OptionError("torchvision is not installed: pip install 'mfx[vision]'") from error
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        raise OptionError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them") from error
+    extra = {"init_weights": False} if "init_weights" in inspect.getsource(builder) else {}
+    return builder(weights=None, **extra)
+
+
+def _imported(source: str, name: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(source)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found() if callable(found) and not isinstance(found, nn.Module) else found
+    except Exception as error:
+        raise OptionError(f"cannot make a model of {source}:{name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise OptionError(f"{name!r} is not a dtype of torch, such as float32 or bfloat16")
+    return dtype
+
+
+def _input(text: str, default: str, device: str) -> torch.Tensor:
+    """A random tensor for one ``--input``; on the meta device, its shape alone."""
+    shape, _, rest = text.partition(":")
+    name, _, bound = rest.partition(":")
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+        high = int(bound) if bound else 2
+    except ValueError as error:
+        raise OptionError(f"--input {text!r} is not SHAPE[:DTYPE[:BOUND]], such as 8,3,224,224") from error
+    dtype = _dtype(name or default)
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(sizes, dtype=dtype, device=device)
+    return torch.randint(0, high, sizes, device=device).to(dtype)
