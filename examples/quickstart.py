@@ -16,11 +16,11 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mfx
+from mfx.memory import kept_bytes
 
 
 class Block(nn.Module):
@@ -104,20 +104,10 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 
 def saved_bytes(model: nn.Module, data: TensorDataset) -> int:
     """Bytes that a training forward keeps for backward, parameters and buffers aside."""
-    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # holds each storage, so no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage
-        return tensor.detach()
-
     images, labels = data[:64]
     model.train()
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        cross_entropy(model(images), labels)
-    return sum(storage.nbytes() for storage in kept.values())
+    size, _ = kept_bytes(model, [images, labels], lambda: cross_entropy(model(images), labels))
+    return size
 
 
 def main() -> None:

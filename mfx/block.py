@@ -17,7 +17,7 @@ from functools import cached_property
 from torch import fx
 
 from mfx import operations
-from mfx.dataflow import SHAPE, Dataflow
+from mfx.dataflow import LIFTED, SHAPE, Dataflow
 from mfx.errors import Reason
 from mfx.tracer import SCOPE
 
@@ -210,7 +210,7 @@ def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | 
         for owner in {flow.memory[target] for target in flow.written.get(node, ())}:
             if owner is x:
                 faults.append((Reason.WRITES_SKIP, node))
-            elif owner not in members and not _is_buffer(flow, owner):
+            elif owner not in members and not _may_write(flow, node, owner):
                 faults.append((Reason.WRITES_OUTSIDE, node))
             elif any(flow.memory[escape] is owner for escape in block.escapes):
                 faults.append((Reason.READS_OVERWRITTEN, node))
@@ -226,5 +226,8 @@ def _add_of(block: Block) -> fx.Node:
     return block.tail[0] if block.tail else block.output
 
 
-def _is_buffer(flow: Dataflow, node: fx.Node) -> bool:
-    return node.op == "get_attr" and not flow.has_parameters(node)
+def _may_write(flow: Dataflow, node: fx.Node, owner: fx.Node) -> bool:
+    """Whether a recomputation knows how to undo, or leave out, the node's write to ``owner``: it is a buffer."""
+    if owner.op == "get_attr":
+        return not flow.has_parameters(owner)
+    return owner.meta.get(LIFTED) == "buffer" and operations.moves_statistics(node)

@@ -5,8 +5,9 @@
 2. :class:`mfx.tracer.Tracer` runs the model's own ``forward`` on symbolic values.  The graph is relative
    to the root module: parameters, buffers and modules are named, not held.
 3. What the tracing read in passing and froze (the training flags, simple attributes and children of
-   every module it entered) becomes :class:`Guards`; a graph is used only while its guards hold, so a mode
-   or setting baked at capture time never leaks into a later call (M1).
+   every module it entered, and of modules taken whole what a plan depends on) becomes :class:`Guards`; a graph
+   is used only while its guards hold, so a mode or setting baked at capture time never leaks into a later
+   call (M1).
 4. Dead values are left out; whatever draws, writes or checks stays.
 
 Known limits: module-level globals and class attributes are not guarded.  See :mod:`mfx.tracer`.
@@ -35,6 +36,8 @@ ADDED = "momentum_velocity"
 
 _MISSING = object()
 _OURS = (os.path.dirname(__file__), os.path.dirname(fx.__file__))
+_PLANNED_BY = ("p", "dropout", "inplace")
+"""The attributes of modules taken whole that a plan depends on (:mod:`mfx.operations`)."""
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -102,14 +105,19 @@ class Capture:
     """A model's computation for one form of call.
 
     ``graph`` takes the call's tensors in order and returns the flat outputs; ``out_spec`` rebuilds the
-    model's output from them.
+    model's output from them.  ``entered`` are the modules, by path, whose calls became part of the graph.
     """
 
     graph: fx.Graph
     out_spec: pytree.TreeSpec
     guards: Guards
     signature: Signature
-    hooked: tuple[str, ...]
+    entered: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """The paths of the entered modules that have hooks now, none of which the graph runs."""
+        return tuple(path for path, module in self.entered if _has_hooks(module))
 
 
 def default_signature(forward: Any) -> Signature:
@@ -175,8 +183,8 @@ def capture(model: nn.Module, forward: Any, signature: Signature, leaves: tuple[
         _restore(before)
     _drop_dead(graph, model)
     graph.lint()
-    hooked = tuple(path for path, module in tracer.entered.items() if path and _has_hooks(module))
-    return Capture(graph, specs[0], _guards(tracer), signature, hooked)
+    entered = tuple((path, module) for path, module in tracer.entered.items() if path)
+    return Capture(graph, specs[0], _guards(tracer), signature, entered)
 
 
 def _guards(tracer: Tracer) -> Guards:
@@ -188,6 +196,9 @@ def _guards(tracer: Tracer) -> Guards:
         children = [(key, child) for key, child in module._modules.items() if key != ADDED]
         seen += [(owner, "_modules", key, child) for key, child in children]
     whole = [inner for module in tracer.called.values() for inner in module.modules()]
+    for module in whole:
+        seen += [(module, "", key, module.__dict__[key]) for key in _PLANNED_BY if key in module.__dict__]
+        seen += [(module, "_modules", key, child) for key, child in module._modules.items()]
     return Guards(tuple(seen), tuple((module, _parameter_names(module)) for module in whole))
 
 

@@ -25,6 +25,8 @@ from mfx.operations import Add
 GENERATOR = "random generator"
 SHAPE = "mfx_shape"
 """node.meta key: the shape of the node's value, where shapes are known."""
+LIFTED = "mfx_lifted"
+"""node.meta key of a placeholder that stands for a parameter or buffer: which of the two words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,8 @@ class Dataflow:
 
     def has_parameters(self, node: fx.Node) -> bool:
         """Whether the node is a parameter, or calls a module that has some."""
+        if node.op == "placeholder":
+            return node.meta.get(LIFTED) == "parameter"
         if node.op == "get_attr":
             return isinstance(get_attribute(self.root, str(node.target)), nn.Parameter)
         if node.op == "call_module":
@@ -122,7 +126,9 @@ def _flow(
     inputs = 0
     for node in nodes:
         mask, above = 0, frozenset[fx.Node]()
-        if node.op == "placeholder":
+        if node.op == "placeholder" and LIFTED in node.meta:
+            pass
+        elif node.op == "placeholder":
             mask, inputs = 1 << inputs, inputs + 1
         elif not operations.is_query(node):
             for source in node.all_input_nodes:

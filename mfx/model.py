@@ -69,20 +69,37 @@ class Momentum:
         self.original = original
         self.options = options
         self.chains: tuple[tuple[str, ...], ...] | None = None
+        self.places: dict[str, tuple[str, ...]] = {}
         self.entries: dict[Any, list[Entry]] = {}
+        self.hooked: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "entries": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options)
-        twin.chains = self.chains
+        twin.chains, twin.places = self.chains, self.places
         return twin
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
         signature, tensors = Signature.of(args, kwargs)
-        return self.entry(root, signature, tensors).run(root, tensors)
+        entry = self.entry(root, signature, tensors)
+        self.warn_of_hooks(entry, stacklevel=2)
+        return entry.run(root, tensors)
+
+    def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
+        """Tell, once for each module, that its hooks do not run."""
+        hooked = [path for path in entry.capture.hooked if path not in self.hooked]
+        if hooked:
+            self.hooked.update(hooked)
+            warnings.warn(
+                f"forward or backward hooks on {', '.join(hooked)} will not run: their modules are part of the "
+                f"captured graph of {self.original.__name__}. Hooks on the model itself and on modules taken whole "
+                "do run",
+                HookWarning,
+                stacklevel=stacklevel + 1,
+            )
 
     def entry(self, root: nn.Module, signature: Signature, tensors: list[torch.Tensor] | None) -> Entry:
         """The graph for calls of this form, in the modes the modules are in."""
@@ -92,26 +109,30 @@ class Momentum:
                 return entry
         examples = tensors if self.options.shapes else None
         entry = prepare(root, self.original.forward, signature, self.options, examples)
-        self._same_chains(entry.plan)
+        self._same_chains(entry)
         if len(known) >= _MOST_GRAPHS:
             known.pop(0)
         known.append(entry)
         return entry
 
-    def _same_chains(self, found: Plan) -> None:
+    def _same_chains(self, entry: Entry) -> None:
         """A model must compute one function: chains that differ from the first capture's are an error."""
+        places = entry.plan.places
         if self.chains is None:
-            self.chains = found.names
+            self.chains, self.places = entry.plan.names, places
             return
-        before = {name: chain for chain in self.chains for name in chain}
-        for chain in found.names:
-            for name in chain:
-                if before.get(name, chain) != chain:
-                    raise PlanChangedError(
-                        f"captured for this call or mode, block {name!r} is in the chain {list(chain)}; at first it "
-                        f"was in {list(before[name])}. The model would compute another function: exclude these "
-                        "blocks, or momentumize it in the mode and with the arguments you use"
-                    )
+        for name, chain in places.items():
+            before = self.places.get(name, chain)
+            if before != chain:
+                raise PlanChangedError(
+                    f"captured for this call or mode, block {name!r} is {_place(chain)}; at first it was "
+                    f"{_place(before)}. The model would compute another function: exclude these blocks, or "
+                    "momentumize it in the mode and with the arguments you use"
+                )
+
+
+def _place(chain: tuple[str, ...]) -> str:
+    return f"in the chain {list(chain)}" if chain else "kept as it is"
 
 
 def prepare(
@@ -218,7 +239,8 @@ def momentumize(
     momentum = Momentum(type(model), options)
     mm = _shallow_copy(model, momentum)
     entry = momentum.entry(mm, signature, tensors)
-    _warn(entry, type(model).__name__)
+    momentum.warn_of_hooks(entry, stacklevel=2)
+    _warn_if_nothing(entry, type(model).__name__)
     if callable(options.velocity):
         chains = {str(chain.index): options.velocity(chain) for chain in entry.plan.chains}
         mm.add_module(ADDED, nn.ModuleDict(chains))
@@ -300,14 +322,7 @@ def graph_of(mm: nn.Module) -> fx.Graph:
     return entries[-1].rewritten.graph
 
 
-def _warn(entry: Entry, name: str) -> None:
-    if entry.capture.hooked:
-        warnings.warn(
-            f"forward or backward hooks on {', '.join(entry.capture.hooked)} will not run: their modules are part of "
-            f"the captured graph of {name}. Hooks on the model itself and on modules taken whole do run",
-            HookWarning,
-            stacklevel=3,
-        )
+def _warn_if_nothing(entry: Entry, name: str) -> None:
     if not entry.plan.chains:
         reasons = {row.text for row in entry.plan.rejections}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else " (it has no residual add)"

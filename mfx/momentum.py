@@ -51,14 +51,16 @@ class StepSpec:
 
     ``branch(root, x, *sides) -> (value, *escapes)``.  Of its ``sides``, None stands for a value from outside the
     chain.  Its operands are the values from outside, then one tensor for each of ``parameters``, which are given
-    by all their names (path of the owner, name) in the branch.  ``modules`` are called whole by the branch,
-    ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode`` whether it may
-    compute otherwise without gradient (fast paths of attention).  ``written`` is the operand ("skip" or "branch")
-    that an in-place add of the original wrote into, whose dtype the result has.
+    by all their names (path of the owner, name) in the branch.  ``again`` is the branch as it is recomputed: it
+    moves no running statistics, which are the sides numbered in ``statistics``.  ``modules`` are called whole by
+    the branch, ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
+    whether it may compute otherwise without gradient (fast paths of attention).  ``written`` is the operand
+    ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has.
     """
 
     name: str
     branch: Callable[..., tuple[Any, ...]]
+    again: Callable[..., tuple[Any, ...]]
     gamma: float
     wrapped: bool
     scale: float
@@ -67,6 +69,7 @@ class StepSpec:
     parameters: tuple[tuple[tuple[str, str], ...], ...]
     modules: tuple[str, ...]
     buffers: tuple[tuple[str, str], ...]
+    statistics: frozenset[int]
     draws: bool
     sees_grad_mode: bool
 

@@ -192,9 +192,18 @@ def writes(node: fx.Node, root: nn.Module) -> tuple[fx.Node, ...]:
         return _first_nodes(node.args[:1] or tuple(node.kwargs.values())[:1])
     if node.kwargs.get("inplace") is True or _positional_inplace(node):
         return _first_nodes(node.args[:1] or (node.kwargs.get("input"),))
-    if name in _NORMS and _moves_statistics(node, name):
+    if moves_statistics(node):
         return _first_nodes((argument(node, 1, "running_mean"), argument(node, 2, "running_var")), every=True)
     return ()
+
+
+def moves_statistics(node: fx.Node) -> bool:
+    """Whether the node is a functional normalization by the batch's own statistics, which moves the running ones."""
+    name = name_of(node)
+    if name not in _NORMS or node.op != "call_function":
+        return False
+    position, keyword = (5, "training") if name == "batch_norm" else (5, "use_input_stats")
+    return argument(node, position, keyword, name == "instance_norm") is not False
 
 
 def is_random(node: fx.Node, root: nn.Module) -> bool:
@@ -234,7 +243,7 @@ def keeps_shape(node: fx.Node, root: nn.Module) -> bool:
         return isinstance(module, _KEEPS_SHAPE_MODULES) or (activation and not attention)
     name = name_of(node)
     if name in _SCALED:
-        return not any(isinstance(arg, fx.Node) for arg in node.args[1:])
+        return len(node.all_input_nodes) == 1
     return name in _KEEPS_SHAPE
 
 
@@ -283,11 +292,6 @@ def _positional_inplace(node: fx.Node) -> bool:
     code = getattr(node.target, "__code__", None)
     names = code.co_varnames[: code.co_argcount] if code is not None else ()
     return "inplace" in names and argument(node, names.index("inplace"), "inplace", False) is True
-
-
-def _moves_statistics(node: fx.Node, name: str) -> bool:
-    position, keyword = (5, "training") if name == "batch_norm" else (5, "use_input_stats")
-    return argument(node, position, keyword, name == "instance_norm") is not False
 
 
 def _first_nodes(values: tuple[Any, ...], every: bool = False) -> tuple[fx.Node, ...]:

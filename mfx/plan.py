@@ -83,6 +83,12 @@ class Plan:
         """The names of each chain's blocks."""
         return tuple(chain.names for chain in self.chains)
 
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """For each residual add by name: the names of its chain, none where it is kept."""
+        kept: dict[str, tuple[str, ...]] = {row.name: () for row in self.rejections}
+        return kept | {name: chain for chain in self.names for name in chain}
+
 
 def plan(found: Found, options: Options) -> Plan:
     """The plan for ``found`` under ``options``."""

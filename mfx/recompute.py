@@ -6,9 +6,9 @@ Recorded when a branch first runs, restored around its recomputation (M5, M6):
 2. autocast: device, dtype, enabled.  Its weight cache stays off in both runs: a cast cached without gradient
    would be handed to code outside the chain, which would lose the weight's gradient in silence;
 3. the training flags of the branch's modules, which may have been changed since;
-4. buffers.  Normalization layers in train mode use the batch's own statistics and get none to move a second
-   time.  A buffer that the branch writes to is put back to the value from before the branch; all others must
-   not have changed since (M8).
+4. buffers.  torch's normalization layers in train mode use the batch's own statistics and get none to move a
+   second time.  Any other buffer that the branch writes to is put back to the value from before the branch; all
+   others must not have changed since (M8).
 
 Known limits: state kept outside of buffers (Python attributes, generators of a module's own) is not seen.
 Source: torch/utils/checkpoint.py, whose rules for generators and autocast these follow.
@@ -29,8 +29,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mfx.errors import BackwardError
 
-_written_buffers: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-"""For modules that have run once: which of their buffers their forward writes to."""
+_NORMS = (nn.modules.batchnorm.__name__, nn.modules.instancenorm.__name__)
+_written_buffers: WeakKeyDictionary[nn.Module, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
+"""Of modules that have run: whether a branch writes to the buffer of this name, by training flag."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,15 @@ class Conditions:
         like: torch.Tensor,
     ) -> Conditions:
         """The conditions for running ``block`` now, with the modules it calls and the buffers it reads."""
-        symbolic = isinstance(like, FakeTensor) or like.is_meta
         flags = tuple(module.training for module in modules)
-        return Conditions(block, modules, buffers, flags, draws and not symbolic, like.device)
+        return Conditions(block, modules, buffers, flags, draws and not _is_symbolic(like), like.device)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Around the first run."""
         buffers = list(self._buffers())
         for module, name, buffer in buffers:
-            if name in _written_buffers.get(module, (name,)):
+            if _known_written(module, name) is not False:
                 self.kept.append((module, name, buffer.detach().clone()))
         versions = [buffer._version for _, _, buffer in buffers]
         before = _generator_states(self.device) if self.draws else None
@@ -107,7 +107,7 @@ class Conditions:
             for module, flag in zip(self.modules, self.flags, strict=True):
                 if module.training is not flag:
                     module.training = flag
-                if flag and isinstance(module, _NormBase):
+                if flag and _runs_without_buffers(module):
                     swapped += [(module, name, buffer) for name, buffer in module._buffers.items()]
                     module._buffers.update(dict.fromkeys(module._buffers))
             for module, name, value in self.kept:
@@ -137,7 +137,7 @@ class Conditions:
     def _buffers(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
         """The buffers that the branch may read."""
         for module, training in zip(self.modules, self.flags, strict=True):
-            if module._buffers and not (training and isinstance(module, _NormBase)):
+            if module._buffers and not (training and _runs_without_buffers(module)):
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         yield module, name, buffer
@@ -148,22 +148,23 @@ class Conditions:
 
     def _sort_buffers(self, buffers: list[tuple[nn.Module, str, torch.Tensor]], versions: list[int]) -> None:
         """Tell the buffers that the branch wrote to from those that must stay as they are."""
-        held = {(module, name) for module, name, _ in self.kept}
+        values = {(module, name): value for module, name, value in self.kept}
         for (module, name, buffer), version in zip(buffers, versions, strict=True):
-            changed = module._buffers[name] is not buffer or buffer._version != version
-            if changed and (module, name) not in held:
+            value = values.pop((module, name), None)
+            written = _was_written(module, name, buffer, version, value)
+            if written and value is None:
                 raise BackwardError(
                     f"block {self.block!r}: {type(module).__name__} wrote to its buffer {name!r}, which it did "
                     "not do when it first ran, so the value from before is lost and the branch cannot be "
                     f"recomputed. Keep the block as it is with exclude={self.block!r}"
                 )
-            if changed:
-                _written_buffers[module] = _written_buffers.get(module, frozenset()) | {name}
+            if written and value is not None:
+                values[module, name] = value
             else:
-                _written_buffers.setdefault(module, frozenset())
                 self.fixed.append((module, name, buffer, version))
-        written = _written_buffers
-        self.kept = [entry for entry in self.kept if entry[1] in written.get(entry[0], ())]
+            if not _is_symbolic(buffer):
+                _written_buffers.setdefault(module, {})[module.training, name] = written
+        self.kept = [(module, name, value) for (module, name), value in values.items()]
 
     def _refuse_changes(self) -> None:
         for module, name, buffer, version in self.fixed:
@@ -173,6 +174,34 @@ class Conditions:
                     "forward and backward, so its branch cannot be recomputed as it ran. Change buffers after "
                     "backward, or use reversible=False"
                 )
+
+
+def _known_written(module: nn.Module, name: str) -> bool | None:
+    """Whether the module's buffer is written to in the mode the module is in; None where it has not run yet."""
+    return _written_buffers.get(module, {}).get((module.training, name))
+
+
+def _was_written(module: nn.Module, name: str, buffer: torch.Tensor, version: int, value: torch.Tensor | None) -> bool:
+    """Whether a run wrote to a buffer that had this version, and this value where a copy was kept.
+
+    Values are compared at a module's first run only: F.batch_norm moves no version counter.
+    """
+    if module._buffers[name] is not buffer or buffer._version != version or _known_written(module, name):
+        return True
+    return value is not None and not _is_symbolic(buffer) and not torch.equal(value, buffer)
+
+
+def _is_symbolic(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+def _runs_without_buffers(module: nn.Module) -> bool:
+    """Whether the module is a normalization layer that needs none of its buffers in train mode.
+
+    torch's own are; a subclass with a forward of its own may want them, and SyncBatchNorm counts its batches.
+    """
+    own = type(module).__module__ in _NORMS
+    return own and isinstance(module, _NormBase) and not isinstance(module, nn.SyncBatchNorm)
 
 
 def _generator_states(device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -150,15 +151,16 @@ class Step(torch.autograd.Function):
         step = tape.chain.steps[index]
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.index = tape, index
-        ctx.save_for_backward(*(operand for operand in operands if isinstance(operand, Tensor)))
-        ctx.constants = [None if isinstance(operand, Tensor) else (operand,) for operand in operands]
+        to_save = [isinstance(operand, Tensor) and i not in step.statistics for i, operand in enumerate(operands)]
+        ctx.save_for_backward(*compress(operands, to_save))
+        ctx.constants = [None if saved else (operand,) for operand, saved in zip(operands, to_save, strict=True)]
         if tape.first is None and any(ctx.needs_input_grad):
             tape.first = index
         tape.strides.append(x.stride())
         if index in tape.plan.snapshots:
             tape.snapshots[index] = (x, v if tape.plan.keeps_velocity(index) else None)
         sides = operands[: len(step.sides)]
-        seen = [tensor for tensor in (x, *sides) if isinstance(tensor, Tensor)]
+        seen = [x, *compress(sides, to_save)]
         versions = [tensor._version for tensor in seen]
         ctx.conditions = _conditions(step, tape.root, x)
         ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
@@ -228,7 +230,7 @@ def _recompute(
         sides = [_leaf(side) for side in operands[: len(step.sides)]]
         x = x.detach().requires_grad_(wanted[0])
         with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound():
-            value, *extra = step.branch(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
+            value, *extra = step.again(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
         leaves = [x, *sides, *parameters]
         if not differentiate:
             return value, [None] * len(leaves)

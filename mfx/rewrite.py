@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -168,10 +168,14 @@ def _overwritten(value: fx.Node, inside: set[fx.Node], flow: Dataflow) -> bool:
 def _step(block: Block, gamma: float, values: dict[fx.Node, State | Escape], flow: Dataflow) -> StepSpec:
     modules = dict.fromkeys(str(node.target) for node in block.members if node.op == "call_module")
     attributes = [str(node.target) for node in block.members if node.op == "get_attr"]
-    buffers = [path for path in attributes if not isinstance(get_attribute(flow.root, path), nn.Parameter)]
+    moved = _running_statistics(block)
+    read = [str(node.target) for node in block.members if node.op == "get_attr" and node not in moved]
+    buffers = [path for path in read if _is_buffer(flow.root, path)]
+    branch = compile_graph(branch_graph(block, flow), f"branch {block.name}")
     return StepSpec(
         name=block.name,
-        branch=compile_graph(branch_graph(block, flow), f"branch {block.name}"),
+        branch=branch,
+        again=compile_graph(branch_graph(block, flow, moved), f"branch {block.name}") if moved else branch,
         gamma=gamma,
         wrapped=block.kind == "wrapped",
         scale=block.scale,
@@ -180,9 +184,28 @@ def _step(block: Block, gamma: float, values: dict[fx.Node, State | Escape], flo
         parameters=_parameters(flow.root, modules, attributes),
         modules=tuple(modules),
         buffers=tuple(dict.fromkeys(_split(path) for path in buffers)),
+        statistics=frozenset(number for number, side in enumerate(block.sides) if side in moved),
         draws=any(operations.is_random(node, flow.root) for node in block.members),
         sees_grad_mode=any(operations.sees_grad_mode(node, flow.root) for node in block.members),
     )
+
+
+def _running_statistics(block: Block) -> set[fx.Node]:
+    """The running statistics that functional normalizations of the branch move."""
+    norms = [node for node in block.members if operations.moves_statistics(node)]
+    return {source for node in norms for source in _statistics_of(node).values() if isinstance(source, fx.Node)}
+
+
+def _statistics_of(node: fx.Node) -> dict[str, Any]:
+    return {
+        "running_mean": operations.argument(node, 1, "running_mean"),
+        "running_var": operations.argument(node, 2, "running_var"),
+    }
+
+
+def _is_buffer(root: nn.Module, path: str) -> bool:
+    owner, name = _split(path)
+    return name in root.get_submodule(owner)._buffers
 
 
 def _parameters(
@@ -200,8 +223,11 @@ def _parameters(
     return tuple(tuple(dict.fromkeys(names)) for names in aliases.values())
 
 
-def branch_graph(block: Block, flow: Dataflow) -> fx.Graph:
-    """The branch of ``block``: ``branch(root, x, *sides) -> (value, *escapes)``."""
+def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()) -> fx.Graph:
+    """The branch of ``block``: ``branch(root, x, *sides) -> (value, *escapes)``.
+
+    Normalizations are given None for running statistics that are ``left_out``.
+    """
     graph = fx.Graph()
     graph.placeholder("root")
     env = {block.skip: graph.placeholder("x")}
@@ -210,8 +236,8 @@ def branch_graph(block: Block, flow: Dataflow) -> fx.Graph:
     for node in block.members:
         if block.tail and node is block.tail[0] and block.written == "skip":
             env[node] = _functional(graph, flow.adds[node], env)
-        else:
-            env[node] = graph.node_copy(node, env.__getitem__)
+        elif node not in left_out:
+            env[node] = graph.node_copy(node, lambda source: None if source in left_out else env[source])  # type: ignore
     graph.output(tuple(env[node] for node in (block.value, *block.escapes)))
     graph.lint()
     return graph
