@@ -27,7 +27,8 @@ class Block:
     """``x -> y``: residual, ``y = x + scale * f(x)``, or wrapped, ``y = G(x)`` with ``F(x) = G(x) - x``.
 
     ``value`` is the node of f(x) or G(x); ``members`` are the nodes that compute it, in order; ``sides``
-    are read from outside, ``escapes`` are members (never ``value`` of a wrapped block) read outside.
+    are read from outside, ``escapes`` are members (never ``value`` of a wrapped block) read outside.  ``passed``
+    are nodes that do nothing, between the skip and the add.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Block:
     scale: float = 1.0
     written: str = ""
     tail: tuple[fx.Node, ...] = ()
+    passed: tuple[fx.Node, ...] = ()
     name: str = ""
 
     @cached_property
@@ -47,7 +49,7 @@ class Block:
         """All nodes that the block stands for; a query of x that others ask as well is not among them."""
         inside = {*self.members, self.output}
         own = [node for node in self.members if not _asked_outside(node, self.skip, inside)]
-        return tuple(own) if self.kind == "wrapped" else (*own, self.output)
+        return tuple(own) if self.kind == "wrapped" else (*self.passed, *own, self.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +140,19 @@ def _within(node: fx.Node, home: str) -> bool:
 
 def _serves(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]) -> bool:
     """Whether only members use the node's value (a query of x is taken in by each who needs it)."""
-    if not node.users or node.op == "placeholder":
+    users = [user for user in node.users if not _only_writes(flow, user, node)]
+    if not users or node.op == "placeholder":
         return False
-    if all(user in members for user in node.users):
+    if all(user in members for user in users):
         return True
     scalar = operations.is_query(node) and node.all_input_nodes[0] is skip
-    return scalar and any(user in members for user in node.users)
+    return scalar and any(user in members for user in users)
+
+
+def _only_writes(flow: Dataflow, node: fx.Node, value: fx.Node) -> bool:
+    """Whether the node does nothing but write to the memory of ``value``."""
+    targets = flow.written.get(node, ())
+    return not node.users and any(flow.memory[target] is flow.memory[value] for target in targets)
 
 
 def _follows(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]) -> bool:

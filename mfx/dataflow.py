@@ -2,7 +2,7 @@
 
 One pass over the nodes, in order:
 
-1. ``inputs`` of a node are the nodes it computes from; metadata queries (shape, dtype ...) cut the data
+1. ``inputs`` of a node are the nodes it computes from; metadata queries (shape, dtype, ``zeros_like`` ...) cut the data
    flow, so a value built from sizes alone depends on nothing.
 2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from.
 3. ``ancestors`` is the set of *skip candidates* a value is computed from.  A candidate is dropped from the
@@ -130,7 +130,7 @@ def _flow(
             pass
         elif node.op == "placeholder":
             mask, inputs = 1 << inputs, inputs + 1
-        elif not operations.is_query(node):
+        elif not operations.is_query(node) and not operations.is_like_factory(node):
             for source in node.all_input_nodes:
                 mask |= origins[source]
                 above |= ancestors[source]

@@ -79,7 +79,17 @@ def _match(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | None:
         return Rejection(add, Reason.SCALED_SKIP, add)
     written = "" if form.written is None else "branch" if form.written is value else "skip"
     block = collect(flow, "residual", skip, value, add, scale=scale, written=written)
-    return check(flow, block)
+    passed = _passed(form.left if value is form.right else form.right, skip, add)
+    return check(flow, replace(block, passed=passed))
+
+
+def _passed(operand: fx.Node, skip: fx.Node, add: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the skip to the add, which do nothing, as far as the add alone reads them."""
+    passed, reader = [], add
+    while operand is not skip and list(operand.users) == [reader]:
+        passed.append(operand)
+        reader, operand = operand, operand.all_input_nodes[0]
+    return tuple(reversed(passed))
 
 
 def _whole(flow: Dataflow, node: fx.Node) -> Block | Rejection:

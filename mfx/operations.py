@@ -25,6 +25,7 @@ _QUERIES = frozenset(
     "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point "
     "is_complex get_device shape dtype device ndim layout is_cuda itemsize requires_grad finfo iinfo len".split()
 )
+_LIKE_FACTORIES = frozenset("zeros_like ones_like empty_like full_like rand_like randn_like randint_like".split())
 _TENSOR_ATTRIBUTES = frozenset("T mT H mH real imag data grad".split())
 
 _VIEWS = frozenset(
@@ -132,6 +133,14 @@ def is_query(node: fx.Node) -> bool:
     if node.target is getattr:
         return name not in _TENSOR_ATTRIBUTES
     return name in _QUERIES
+
+
+def is_like_factory(node: fx.Node) -> bool:
+    """Whether the node makes a new tensor and reads only the metadata of its input."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    return name in _LIKE_FACTORIES or (node.op == "call_method" and name.startswith("new_"))
 
 
 def is_shape_query(node: fx.Node) -> bool:

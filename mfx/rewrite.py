@@ -53,18 +53,39 @@ class Rewritten:
 
 def rewrite(found: Found, plan: Plan) -> Rewritten:
     """The graph of ``found`` with the chains of ``plan`` as momentum nodes."""
-    flow = found.flow
-    built = [_build(chain, plan.options, flow) for chain in plan.chains]
     graph = fx.Graph()
     root = graph.placeholder("root")
+    specs = _fill(graph, found.flow, plan, lambda spec: (_named(spec), (root,)))
+    return Rewritten(graph, compile_graph(graph, "forward"), specs)
+
+
+def rewrite_lifted(found: Found, plan: Plan, gm: fx.GraphModule) -> fx.GraphModule:
+    """The same for a graph whose parameters and buffers are placeholders: a module with ``gm``'s placeholders.
+
+    Chains take tensors alone, so compilers can trace them; what ``gm`` holds beside (constants, inner graphs) is
+    closed over.
+    """
+    graph = fx.Graph()
+    _fill(graph, found.flow, plan, lambda spec: (_named(spec, gm), ()))
+    return fx.GraphModule(gm, graph)
+
+
+def _fill(
+    graph: fx.Graph,
+    flow: Dataflow,
+    plan: Plan,
+    target: Callable[[ChainSpec], tuple[Callable[..., Any], tuple[fx.Node, ...]]],
+) -> tuple[ChainSpec, ...]:
+    """Put the rewritten nodes into ``graph``; ``target`` gives what calls a chain, and its first arguments."""
+    specs = tuple(_build(chain, plan.options, flow) for chain in plan.chains)
     env: dict[fx.Node, fx.Node] = {}
     for item in _order(flow, plan):
         if isinstance(item, Chain):
-            _emit(graph, root, item, built[item.index], plan.options, env)
+            _emit(graph, target(specs[item.index]), item, specs[item.index], plan.options, env)
         else:
             env[item] = graph.node_copy(item, _lookup(item, env, plan))
     graph.lint()
-    return Rewritten(graph, compile_graph(graph, "forward"), tuple(built))
+    return specs
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
@@ -110,7 +131,7 @@ def _order(flow: Dataflow, plan: Plan) -> list[fx.Node | Chain]:
 
 def _emit(
     graph: fx.Graph,
-    root: fx.Node,
+    target: tuple[Callable[..., Any], tuple[fx.Node, ...]],
     chain: Chain,
     spec: ChainSpec,
     options: Options,
@@ -124,20 +145,26 @@ def _emit(
         outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
         parameters = [graph.get_attr(_join(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
-    node = graph.call_function(_named(spec), (root, x, velocity, *groups))
+    function, first = target
+    node = graph.call_function(function, (*first, x, velocity, *groups))
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
 
 
-def _named(spec: ChainSpec) -> Callable[..., Any]:
+def _named(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
     """The chain as a function of its own name, which is what a graph prints."""
 
     def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any) -> Any:
         return run(spec, root, x, velocity, *operands)
 
-    momentum.__name__ = momentum.__qualname__ = spec.name
-    momentum.__module__ = "mfx"
-    return momentum
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any) -> Any:
+        assert bound is not None
+        return run(spec, bound, x, velocity, *operands)
+
+    function = momentum if bound is None else momentum_of_tensors
+    function.__name__ = function.__qualname__ = spec.name
+    function.__module__ = "mfx"
+    return function
 
 
 def _build(chain: Chain, options: Options, flow: Dataflow) -> ChainSpec:
