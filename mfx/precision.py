@@ -1,29 +1,78 @@
-"""Precision: in which dtype a chain carries its state, and where it keeps snapshots.
+"""Precision: in which dtype and arithmetic a chain carries its state, and where it keeps snapshots.  Pure.
 
-The inverse of a step divides the error of the velocity by its gamma, so after reversing a run of steps the
-error is about ``eps / prod(gamma)``, eps being the unit roundoff of the state's dtype.  A run is ended by a
-snapshot before the estimate passes ``tolerance``:
+Backward, a step first takes ``x <- x - v`` and then ``v <- (v - (1 - gamma) F(x)) / gamma``.  What goes wrong on
+the way, with u the unit roundoff of the state's dtype and e = (e_x, e_v) the error of the state:
 
-1. walk through the steps from the first one, with an error budget of ``log(tolerance / eps)``;
-2. each step spends ``log(1 / gamma)`` of it; where that overdraws the budget the state before the step is
-   kept, and the budget starts anew;
-3. the first step of a chain never needs a division: v_0 is known and x_0 = x_1 - v_1.
+*Floating arithmetic.*  Each step adds an error of size u, and carries the one it finds over to
 
-For one gamma the distance of snapshots is ``K = floor(log(tolerance / eps) / log(1 / gamma))``, at least 1.
-At gamma = 0 nothing can be inverted and every block's input is kept: activation checkpointing.
+    e_x <- e_x - e_v,    e_v <- (e_v - (1 - gamma) J e_x) / gamma,    J the Jacobian of F.
 
-Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2 (exact reversal with finite precision).
-Known limits: the estimate leaves out the factor by which the branches themselves amplify errors.
+For ``|J| <= L`` the largest eigenvalue of this map is the *growth* of a step,
+
+    g(gamma) = (t + sqrt(t^2 - 4 / gamma)) / 2,    t = 1 + (1 + (1 - gamma) L) / gamma,
+
+which is 1 / gamma for L = 0 (the division alone).  After reversing a run of steps the error is ``u * prod(g)``.
+L is :data:`BRANCH_GAIN` = 1: measured in float32, stacks with normalization, or without it in PyTorch's default
+initialization, behave as L = 0, and ReLU stacks in Kaiming initialization without any normalization, whose x grows
+exponentially, as L = 1 (an error of 1e-4 after 19, 10, 6 steps at gamma 0.9, 0.7, 0.5; the rule says 19, 9, 6).
+
+*A finer state alone does not help as much as it seems.*  A branch that computes in float32 sees x rounded to
+float32.  If x is off by e, a share e / u of its elements rounds to the neighbour, u away; the root mean square
+of what the branch sees is off by sqrt(e u), much more than e: from 1e-16 to 2e-12 in a step, to 1e-9 in the next.
+Small tensors do not show it (no element happens to flip), large ones always do.
+
+*Exact arithmetic.*  So a state finer than the branches' dtype is carried on grids on which nothing is ever rounded
+backward (:mod:`mfx.carry`): x as multiples of a power of two, and v as whole numbers w of quanta that shrink with
+the steps, ``v_k = w_k q0 gamma^k``.  Then ``w <- w + round((1 - gamma) F / (q0 gamma^k))`` and ``x <- x + round(v)``
+are undone bit for bit, and the branch sees the same bits.  The price is that a run of steps needs
+log2(1 / prod(gamma)) of the state's bits; the rest, less :data:`HEADROOM` bits for velocities larger than x_0, is
+the precision of the first quantum q0.  The rounding of step k shifts x_N by its quantum / sqrt(12) times what the
+velocity sums to after it, so the forward's *rounding* relative to the largest ``|x_0|`` of the run is
+
+    q0 / sqrt(12) * sqrt(sum_k (P_k + ... + P_N)^2),    P_k = gamma_1 ... gamma_k,
+
+and that of x's own grid, sqrt(N / 12) quanta.
+
+The plan, for a chain of N steps, a dtype and a tolerance:
+
+1. candidates: floating in the input's dtype; exact in a finer one (one precision up: float64 over float32, float32
+   over the half precisions, which never carry the state themselves); for float64, exact in float64;
+2. each walks through the steps and keeps a snapshot (x, v) before a step whose division would take the error, or
+   the rounding, over the tolerance.  The first step of a run needs no division: what it started from is known;
+3. a further candidate keeps every x, no v: activation checkpointing, all there is to do at gamma = 0 and the
+   cheapest near it;
+4. the fewest bytes win; among equals fewer snapshots, then floating arithmetic.
+
+Where a recomputation repeats the forward up to rounding only (``same_branches=False``: code that a compiler fuses in
+another way forward and backward), exact arithmetic buys nothing, and floating arithmetic counts with the branches'
+roundoff.
+
+Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2 (exact reversal with finite precision); Maclaurin
+et al., "Gradient-based Hyperparameter Optimization through Reversible Learning", arXiv 1502.03492, section 2.
+Known limits: L is not known of a model, so a chain whose branches amplify more than that drifts more: the drift
+detector says so.  Exact arithmetic assumes ``|v| < 4 |x_0|`` and, in float64 over float32, ``|x| < 2^19 |x_0|``
+(largest elements, within a run; 2^9 otherwise); beyond, single elements fall back to floating arithmetic.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+BRANCH_GAIN = 1.0
+"""L: by how much the branches are taken to amplify an error of x."""
+
+HEADROOM = 2
+"""Bits left for velocities larger than the largest element of x_0."""
+
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+_ONE_UP = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_FINEST = {torch.float64: 44, torch.float32: 15}
+"""No quantum is finer than 2 to the minus this, relative to x_0: what is left is headroom."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +80,50 @@ class Schedule:
     """``state_dtype`` of (x, v), and the steps before which the state is kept.
 
     ``snapshots`` are step indices; at step i the kept state is x_i, and v_i too where step i - 1 has to be
-    reversed from it.
+    reversed from it.  ``grid`` is x's quantum relative to the largest element of the run's first x, 0 in floating
+    arithmetic.  ``drift`` is the error that reversing may make by the model of this module (0: bit for bit),
+    ``rounding`` how far exact arithmetic may move the forward's x, both relative.
+
+    >>> schedule((0.9,) * 100, torch.float32).state_count(100)
+    2
     """
 
     state_dtype: torch.dtype
     snapshots: tuple[int, ...]
+    grid: float = 0.0
+    drift: float = 0.0
+    rounding: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the state is carried in exact arithmetic."""
+        return self.grid > 0
 
     def keeps_velocity(self, step: int) -> bool:
         """Whether the snapshot before ``step`` needs v beside x."""
-        return step > 0 and step - 1 not in self.snapshots
+        return step > 0 and step - 1 not in self._kept
 
     def state_count(self, steps: int) -> int:
         """How many tensors of x's size a chain of ``steps`` keeps for backward."""
         kept = sum(2 if self.keeps_velocity(step) else 1 for step in self.snapshots)
-        return kept + (0 if steps - 1 in self.snapshots else 2)
+        return kept + (0 if steps - 1 in self._kept else 2)
+
+    def bytes_an_element(self, steps: int) -> int:
+        """What a chain of ``steps`` keeps for backward, for each element of x."""
+        return self.state_count(steps) * self.state_dtype.itemsize
+
+    def interval(self, steps: int) -> int:
+        """The most steps between two kept states (``steps`` where only the end is kept)."""
+        ends = [0, *self.snapshots, steps]
+        return max(after - before for before, after in zip(ends, ends[1:], strict=False))
+
+    def starts(self) -> tuple[int, ...]:
+        """The first step of each run between kept states."""
+        return (0, *(step for step in self.snapshots if step > 0))
+
+    @functools.cached_property
+    def _kept(self) -> frozenset[int]:
+        return frozenset(self.snapshots)
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -52,28 +131,136 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-4)
 
 
+def growth(gamma: float, gain: float = BRANCH_GAIN) -> float:
+    """By which factor reversing a step may amplify an error of the state.
+
+    >>> round(growth(0.5, gain=0.0), 3), round(growth(0.5), 3)
+    (2.0, 3.414)
+    """
+    if gamma == 0:
+        return math.inf
+    trace = 1 + (1 + (1 - gamma) * gain) / gamma
+    return (trace + math.sqrt(trace * trace - 4 / gamma)) / 2
+
+
+@functools.lru_cache(maxsize=1024)
 def schedule(
     gammas: tuple[float, ...],
     dtype: torch.dtype,
     state_dtype: torch.dtype | str = "auto",
     tolerance: float | None = None,
+    compute: torch.dtype | None = None,
+    same_branches: bool = True,
 ) -> Schedule:
-    """The schedule of a chain with these gammas whose input has ``dtype``.
+    """The cheapest schedule, in bytes, that keeps the tolerance.
 
-    >>> schedule((0.5,) * 20, torch.float32).snapshots
-    (11,)
+    Args:
+        gammas: one for each step.
+        dtype: of the chain's input.
+        state_dtype: at least which dtype the state has; ``"auto"`` leaves the choice to the plan.
+        tolerance: relative error allowed; None is :func:`default_tolerance` of the branches' dtype.
+        compute: the dtype the branches compute in where it is coarser than ``dtype`` (autocast).
+        same_branches: whether a recomputed branch gives the same bits as in the forward.
+
+    Returns:
+        A :class:`Schedule`.
+
+    >>> schedule((0.5,) * 8, torch.float32, "auto", 1e-2)
+    Schedule(state_dtype=torch.float32, snapshots=(), grid=0.0, drift=0.000322..., rounding=0.0)
+    >>> schedule((0.5,) * 30, torch.float32).state_dtype
+    torch.float64
+    >>> schedule((0.0,) * 4, torch.float32).snapshots
+    (0, 1, 2, 3)
     """
-    state = dtype if state_dtype == "auto" else torch.promote_types(dtype, state_dtype)  # type: ignore[arg-type]
-    allowed = default_tolerance(dtype) if tolerance is None else tolerance
-    budget = max(math.log(allowed / (torch.finfo(state).eps / 2)), 0.0)
-    snapshots, left = [], budget
-    for step, gamma in enumerate(gammas):
-        if step == 0:
-            continue
-        cost = math.inf if gamma == 0 else -math.log(gamma)
-        if cost > left:
+    coarse = dtype if compute is None or _roundoff(compute) < _roundoff(dtype) else compute
+    allowed = default_tolerance(coarse) if tolerance is None else tolerance
+    if state_dtype == "auto":
+        states = [state for state in (dtype, _ONE_UP.get(dtype)) if state in _FINEST]
+    else:
+        states = [torch.promote_types(dtype, state_dtype)]  # type: ignore[arg-type]
+    found = list(_candidates(gammas, states, coarse, allowed, same_branches))
+    found.append(Schedule(dtype if state_dtype == "auto" else states[0], tuple(range(len(gammas)))))
+    steps = len(gammas)
+    return min(found, key=lambda one: (one.bytes_an_element(steps), len(one.snapshots), one.exact))
+
+
+def _candidates(
+    gammas: tuple[float, ...], states: list[torch.dtype], compute: torch.dtype, allowed: float, same_branches: bool
+) -> Iterator[Schedule]:
+    for state in states:
+        finer = _roundoff(state) < _roundoff(compute)
+        if not (finer and same_branches):
+            yield _floating(gammas, state, max(_roundoff(state), _roundoff(compute)), allowed)
+        if same_branches and (finer or state == torch.float64) and state in _FINEST:
+            yield _exact(gammas, state, allowed)
+
+
+def _floating(gammas: tuple[float, ...], state: torch.dtype, roundoff: float, allowed: float) -> Schedule:
+    """A snapshot wherever the next division would take the error over the tolerance."""
+    snapshots, error, worst = [], roundoff, roundoff
+    for step, gamma in enumerate(gammas[1:], 1):
+        error *= growth(gamma)
+        if error > allowed:
             snapshots.append(step)
-            left = budget
-        else:
-            left -= cost
-    return Schedule(state, tuple(snapshots))
+            error = roundoff
+        worst = max(worst, error)
+    return Schedule(state, _with_first(snapshots), drift=worst)
+
+
+def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float) -> Schedule:
+    """A snapshot wherever the next division would leave the quanta too few bits."""
+    grid = 2.0 ** -min(_FINEST[state], math.ceil(-math.log2(allowed)) + 20)
+    snapshots, run, worst = [], _Run(state, grid), 0.0
+    for step, gamma in enumerate(gammas[1:], 1):
+        longer = run.after(gamma)
+        if gamma == 0 or longer.rounding > allowed:
+            snapshots.append(step)
+            longer = _Run(state, grid)
+        run = longer
+        worst = max(worst, run.rounding)
+    return Schedule(state, _with_first(snapshots), grid, rounding=worst)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of steps in exact arithmetic: the sums of P_k (see the module) that its rounding takes."""
+
+    state: torch.dtype
+    grid: float
+    product: float = 1.0
+    steps: int = 1
+    total: float = 1.0
+    sums: float = 0.0
+    squares: float = 0.0
+
+    def after(self, gamma: float) -> _Run:
+        """The run with one step more."""
+        product = self.product * gamma
+        sums, squares = self.sums + self.total, self.squares + self.total**2
+        return _Run(self.state, self.grid, product, self.steps + 1, self.total + product, sums, squares)
+
+    @property
+    def rounding(self) -> float:
+        """How far the run may move x, relative to the largest element of its first x."""
+        tails = max(self.steps * self.total**2 - 2 * self.total * self.sums + self.squares, 0.0)
+        quantum = first_quantum(self.product, self.state)
+        return math.sqrt((tails * quantum**2 + self.steps * self.grid**2) / 12)
+
+
+def first_quantum(product: float, state: torch.dtype) -> float:
+    """q0 of a run whose gammas multiply to ``product``, relative to the largest element of its first x."""
+    bits = _digits(state) - HEADROOM - math.ceil(-math.log2(product)) if product > 0 else -1000
+    return 2.0 ** -min(bits, _FINEST[state])
+
+
+def _with_first(snapshots: list[int]) -> tuple[int, ...]:
+    """Where x_1 is kept, x_0 costs no more than v_1, and needs no arithmetic."""
+    return (0, *snapshots) if snapshots[:1] == [1] else tuple(snapshots)
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _digits(dtype: torch.dtype) -> int:
+    return round(-math.log2(_roundoff(dtype)))

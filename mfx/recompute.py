@@ -221,6 +221,13 @@ def _same_states(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...])
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, without the checks of ``get_submodule``: this runs for every block and step."""
+    for name in path.split(".") if path else ():
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
+
+
 @contextlib.contextmanager
 def parameters_as_operands(
     owners: Sequence[Sequence[tuple[nn.Module, str]]], operands: Sequence[Any]

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from mfx.errors import BackwardError
 from mfx.momentum import ChainSpec, Inner, StepSpec, advance, retreat, stored
 from mfx.precision import Schedule
-from mfx.recompute import Autocast, Conditions, parameters_as_operands
+from mfx.recompute import Autocast, Conditions, parameters_as_operands, submodule
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 
@@ -163,6 +163,7 @@ class Step(torch.autograd.Function):
         seen = [x, *compress(sides, to_save)]
         versions = [tensor._version for tensor in seen]
         ctx.conditions = _conditions(step, tape.root, x)
+        ctx.owners = [[(submodule(tape.root, path), name) for path, name in names] for names in step.parameters]
         ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
         with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step):
             inner = x.detach().requires_grad_() if step.sees_grad_mode else x
@@ -225,8 +226,7 @@ def _recompute(
     tape, conditions = ctx.tape, ctx.conditions
     wanted = ctx.needs_input_grad[2:3] + ctx.needs_input_grad[4:]
     differentiate = (pull is not None or any(grad is not None for grad in grad_extra)) and any(wanted)
-    owners = _owners(step, tape.root)
-    with conditions.restored(), parameters_as_operands(owners, operands[len(step.sides) :]) as parameters:
+    with conditions.restored(), parameters_as_operands(ctx.owners, operands[len(step.sides) :]) as parameters:
         sides = [_leaf(side) for side in operands[: len(step.sides)]]
         x = x.detach().requires_grad_(wanted[0])
         with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound():
@@ -298,13 +298,9 @@ def _handed_out(value: Any, copied: bool) -> Any:
 
 
 def _conditions(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
-    called = {module: None for path in step.modules for module in root.get_submodule(path).modules()}
-    buffers = tuple((root.get_submodule(path), name) for path, name in step.buffers)
+    called = {module: None for path in step.modules for module in submodule(root, path).modules()}
+    buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
     return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
-
-
-def _owners(step: StepSpec, root: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    return [[(root.get_submodule(path), name) for path, name in aliases] for aliases in step.parameters]
 
 
 def _leaf(side: Any) -> Any:
@@ -337,8 +333,7 @@ def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
 
 
 def _refuse_moved(ctx: Any, step: StepSpec, operands: list[Any]) -> None:
-    owners = _owners(step, ctx.tape.root)
-    for ((module, name), *_), operand, pointer in zip(owners, operands[len(step.sides) :], ctx.pointers, strict=True):
+    for ((module, name), *_), operand, pointer in zip(ctx.owners, operands[len(step.sides) :], ctx.pointers, strict=True):
         if module._parameters.get(name) is operand and pointer is not None and _pointer(operand) != pointer:
             raise BackwardError(
                 f"block {step.name!r}: parameter {name!r} of {type(module).__name__} was given other values "
