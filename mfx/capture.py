@@ -294,13 +294,14 @@ def _explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError
     theirs = [frame for frame in frames if not frame.filename.startswith(_OURS)]
     where = theirs[-1] if theirs else frames[-1]
     line = f"{where.filename}:{where.lineno}: {where.line}"
-    remedy = f"modules={scope.path!r}, or a part that holds it" if scope.path else "modules= and its parts' paths"
+    whole = f"take the module whole with modules={scope.path!r}, or a module that holds it; " if scope.path else ""
     return CaptureError(
         f"symbolic tracing stopped in module {scope.path or '(root)'!r} ({type(module).__name__}) at\n"
         f"    {line}\n"
         f"    {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-        f"its Python depends on values that are known only at run time. Take the module whole with {remedy}; "
-        "or rewrite that line so that it does not branch on tensors."
+        f"its Python depends on values that are known only at run time. Remedies: {whole}momentumize the parts that "
+        "can be followed, each in its place (model.backbone = mfx.momentumize(model.backbone)); or rewrite that line "
+        "so that it does not branch on tensors."
     )
 
 
