@@ -3,6 +3,7 @@
 from mfx.errors import (
     BackwardError,
     CaptureError,
+    DriftWarning,
     HookWarning,
     InputTypeError,
     MfxError,
@@ -20,6 +21,7 @@ from mfx.verify import Verification, verify
 __all__ = [
     "BackwardError",
     "CaptureError",
+    "DriftWarning",
     "HookWarning",
     "InputTypeError",
     "MfxError",

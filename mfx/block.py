@@ -211,23 +211,26 @@ def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | 
     """What the block's in-place writes, and writes during it, would break."""
     x = flow.memory[block.skip]
     members = set(block.members)
-    add = block.output if block.output in flow.adds else None
+    add = _add_of(block)
     faults: list[tuple[Reason, fx.Node | None]] = []
     for node in block.members:
         if node is add:
             continue
         for owner in {flow.memory[target] for target in flow.written.get(node, ())}:
             if owner is x:
+                # An add into x gives a new tensor in the branch, and what follows in place writes to that.
+                if node in block.tail:
+                    continue
                 faults.append((Reason.WRITES_SKIP, node))
             elif owner not in members and not _may_write(flow, node, owner):
                 faults.append((Reason.WRITES_OUTSIDE, node))
             elif any(flow.memory[escape] is owner for escape in block.escapes):
                 faults.append((Reason.READS_OVERWRITTEN, node))
     if block.written:
-        owner = flow.memory[block.output]
+        owner = flow.memory[add]
         if owner.op in ("placeholder", "get_attr"):
-            faults.append((Reason.WRITES_INPUT, block.output))
-        faults.append((Reason.READS_OVERWRITTEN, flow.stale_reads.get(_add_of(block))))
+            faults.append((Reason.WRITES_INPUT, add))
+        faults.append((Reason.READS_OVERWRITTEN, flow.stale_reads.get(add)))
     return faults
 
 

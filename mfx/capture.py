@@ -20,6 +20,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,14 @@ class Capture:
         """The paths of the entered modules that have hooks now, none of which the graph runs."""
         return tuple(path for path, module in self.entered if _has_hooks(module))
 
+    def inputs(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The values that the graph takes in this call."""
+        return Signature.of(args, kwargs)[1]
+
+    def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """The model's output, where ``run(root, *inputs)`` computes the graph."""
+        return pytree.tree_unflatten(run(root, *self.inputs(root, args, kwargs)), self.out_spec)
+
 
 def default_signature(forward: Any) -> Signature:
     """The call in which each argument without a default is a tensor and the others keep theirs."""
@@ -181,7 +190,7 @@ def capture(model: nn.Module, forward: Any, signature: Signature, leaves: tuple[
         raise _explain(error, tracer, model) from error
     finally:
         _restore(before)
-    _drop_dead(graph, model)
+    drop_dead(graph, model)
     graph.lint()
     entered = tuple((path, module) for path, module in tracer.entered.items() if path)
     return Capture(graph, specs[0], _guards(tracer), signature, entered)
@@ -206,7 +215,7 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in module._parameters.items() if parameter is not None)
 
 
-def _drop_dead(graph: fx.Graph, root: nn.Module) -> None:
+def drop_dead(graph: fx.Graph, root: nn.Module) -> None:
     """Leave out values that nobody uses and whose computation has no effect."""
     for node in reversed(list(graph.nodes)):
         if not node.users and operations.is_pure(node, root):

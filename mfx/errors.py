@@ -38,6 +38,10 @@ class BackwardError(MfxError, RuntimeError):
     """A gradient was asked for that the reversible backward cannot give rightly."""
 
 
+class CompileError(MfxError, RuntimeError):
+    """A compiler was given, or would make, something that the pass cannot turn into the same function."""
+
+
 class MfxWarning(UserWarning):
     """Base of every warning issued by mfx."""
 
@@ -48,6 +52,14 @@ class NothingRewrittenWarning(MfxWarning):
 
 class HookWarning(MfxWarning):
     """Forward hooks of modules that the capture entered will not run."""
+
+
+class DriftWarning(MfxWarning):
+    """A backward did not reconstruct what is known of a chain's state."""
+
+
+class CompiledStoredWarning(MfxWarning):
+    """Under a compiler a chain keeps its activations, since its random draws cannot be repeated."""
 
 
 class Reason(enum.Enum):

@@ -10,16 +10,20 @@ Source: ``nn_module_stack`` as written by torch/_dynamo/output_graph.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from mfx import operations
 from mfx.dataflow import LIFTED
+from mfx.errors import CompiledStoredWarning
 from mfx.find import Found, find
 from mfx.options import Options
-from mfx.plan import Plan, plan
-from mfx.rewrite import rewrite_lifted
+from mfx.plan import Chain, Plan, plan
+from mfx.random import is_known
+from mfx.rewrite import Velocity, rewrite_lifted
 from mfx.tracer import RETURNED, SCOPE, Scope
 
 
@@ -32,11 +36,31 @@ class Lifted:
     plan: Plan
 
 
-def momentumize_graph(gm: fx.GraphModule, options: Options) -> Lifted:
-    """find -> plan -> rewrite for a marked graph; ``gm`` is left as it is."""
+def momentumize_graph(gm: fx.GraphModule, options: Options, velocities: Sequence[Velocity] = ()) -> Lifted:
+    """find -> plan -> rewrite for a marked graph; ``gm`` is left as it is.
+
+    A chain with a random operation whose draw a compiler could not repeat keeps its activations; a warning says so.
+    """
     found = find(gm.graph, gm)
     planned = plan(found, options)
-    return Lifted(rewrite_lifted(found, planned, gm), found, planned)
+    stored = {chain.index: node for chain in planned.chains for node in _unrepeatable(chain, gm)}
+    for index, node in stored.items():
+        names = planned.chains[index].names
+        warnings.warn(
+            f"the chain of blocks {names[0]!r} to {names[-1]!r} keeps its activations: {node.format_node()} may draw "
+            "random numbers that a compiler cannot draw a second time in backward. Exclude that block, or draw with "
+            "torch's own functions (dropout, rand, bernoulli_ ...)",
+            CompiledStoredWarning,
+            stacklevel=2,
+        )
+    return Lifted(rewrite_lifted(found, planned, gm, stored, velocities), found, planned)
+
+
+def _unrepeatable(chain: Chain, gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for block in chain.blocks:
+        for node in block.members:
+            if operations.is_random(node, gm) and not is_known(operations.name_of(node, gm)):
+                yield node
 
 
 def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, str]) -> None:

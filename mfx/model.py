@@ -5,8 +5,8 @@ replaced, ``forward`` (M4): parameters, buffers and modules stay where they are 
 original; state_dict keys, attributes, ``isinstance``, ``.to()``, ``deepcopy``, pickling are the model's own.
 
 Each call looks up the rewritten graph for its form (which arguments are given, tensors aside) and for the
-training flags and settings of the modules (:class:`mfx.capture.Guards`), and captures the model anew where
-there is none.  Every graph must give the chains of the first one: the function must not depend on the mode.
+training flags and settings of the modules (:class:`mfx.capture.Guards`, or Dynamo's), and captures the model anew
+where there is none.  Every graph must give the chains of the first one: the function must not depend on the mode.
 
 Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
 """
@@ -16,16 +16,17 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from mfx.capture import ADDED, Capture, Signature, as_call, capture, default_signature
+from mfx.dynamo import DynamoCapture, capture_dynamo
 from mfx.errors import (
+    CaptureError,
     HookWarning,
     InputTypeError,
     MfxError,
@@ -51,15 +52,15 @@ class Entry:
     ``sizes`` are the bytes each original node keeps for backward, where shapes are known.
     """
 
-    capture: Capture
+    capture: Capture | DynamoCapture
     found: Found
     plan: Plan
     rewritten: Rewritten
     sizes: dict[fx.Node, int]
 
-    def run(self, root: nn.Module, tensors: list[torch.Tensor]) -> Any:
+    def run(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output."""
-        return pytree.tree_unflatten(self.rewritten.run(root, *tensors), self.capture.out_spec)
+        return self.capture.call(root, args, kwargs, self.rewritten.run)
 
 
 class Momentum:
@@ -83,10 +84,9 @@ class Momentum:
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
-        signature, tensors = Signature.of(args, kwargs)
-        entry = self.entry(root, signature, tensors)
+        entry = self.entry(root, args, kwargs)
         self.warn_of_hooks(entry, stacklevel=2)
-        return entry.run(root, tensors)
+        return entry.run(root, args, kwargs)
 
     def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
         """Tell, once for each module, that its hooks do not run."""
@@ -101,14 +101,57 @@ class Momentum:
                 stacklevel=stacklevel + 1,
             )
 
-    def entry(self, root: nn.Module, signature: Signature, tensors: list[torch.Tensor] | None) -> Entry:
+    def entry(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The graph for calls of this form, in the modes the modules are in."""
+
+        def by_fx() -> Entry:
+            signature, tensors = Signature.of(args, kwargs)
+            return self._of_fx(root, signature, tensors if self.options.shapes else None)
+
+        return self._by(by_fx, lambda: self._of_dynamo(root, args, kwargs))
+
+    def first(self, root: nn.Module, example_inputs: Any) -> Entry:
+        """The graph of the example's call; without one, of the call that forward's signature suggests."""
+        if example_inputs is not None:
+            return self.entry(root, *as_call(example_inputs))
+
+        def by_dynamo() -> Entry:
+            raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
+
+        return self._by(lambda: self._of_fx(root, default_signature(self.original.forward), None), by_dynamo)
+
+    def _by(self, by_fx: Callable[[], Entry], by_dynamo: Callable[[], Entry]) -> Entry:
+        """By the capture that is asked for; where that is left open, by Dynamo as soon as fx has failed."""
+        if self.options.capture == "dynamo":
+            return by_dynamo()
+        try:
+            return by_fx()
+        except CaptureError as error:
+            if self.options.capture != "auto" or self.options.modules:
+                raise
+            refused = error
+        try:
+            entry = by_dynamo()
+        except CaptureError as error:
+            raise CaptureError(f"{refused}\nThe other way, Dynamo: {error}") from refused
+        self.options = replace(self.options, capture="dynamo")
+        return entry
+
+    def _of_fx(self, root: nn.Module, signature: Signature, tensors: list[torch.Tensor] | None) -> Entry:
         known = self.entries.setdefault((signature.key, torch.is_grad_enabled()), [])
         for entry in known:
-            if entry.capture.guards.hold(root):
+            if isinstance(entry.capture, Capture) and entry.capture.guards.hold(root):
                 return entry
-        examples = tensors if self.options.shapes else None
-        entry = prepare(root, self.original.forward, signature, self.options, examples)
+        return self._add(known, prepare(root, self.original.forward, signature, self.options, tensors))
+
+    def _of_dynamo(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+        known = self.entries.setdefault("dynamo", [])
+        for entry in reversed(known):
+            if isinstance(entry.capture, DynamoCapture) and entry.capture.holds(root, args, kwargs):
+                return entry
+        return self._add(known, prepare_dynamo(root, self.original.forward, self.options, args, kwargs))
+
+    def _add(self, known: list[Entry], entry: Entry) -> Entry:
         self._same_chains(entry)
         if len(known) >= _MOST_GRAPHS:
             known.pop(0)
@@ -153,6 +196,18 @@ def prepare(
     return Entry(captured, found, planned, rewrite(found, planned), sizes)
 
 
+def prepare_dynamo(
+    model: nn.Module, forward: Any, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Entry:
+    """The same with Dynamo, for a call of its own; what each node keeps for backward is left open."""
+    if options.modules:
+        raise OptionError("modules= needs capture='fx': a graph captured by Dynamo has no modules that are taken whole")
+    captured = capture_dynamo(model, forward, args, kwargs)
+    found = find(captured.graph, model)
+    planned = plan(found, options)
+    return Entry(captured, found, planned, rewrite(found, planned), {})
+
+
 def _whole_modules(graph: fx.Graph, options: Options) -> Iterator[fx.Node]:
     from fnmatch import fnmatchcase
 
@@ -186,12 +241,12 @@ def momentumize(
     the original model's function.
 
     Args:
-        model: any module that symbolic tracing can follow; it is left as it is, and shares its parameters,
-            buffers and submodules with the result (``copy.deepcopy`` it first for independent ones).
+        model: any module that gives one graph; it is left as it is, and shares its parameters, buffers and submodules
+            with the result (``copy.deepcopy`` it first for independent ones).
         gamma: float in [0, 1), or a mapping from block-name pattern to float (first match wins; a block that
             none matches is kept).
         example_inputs: tensor, tuple or dict, as the model's forward takes them.  Makes shapes known when
-            planning, and tells how a forward with ``*args`` is called.
+            planning, and tells how a forward with ``*args`` is called; Dynamo needs them.
         include: ``fnmatch`` pattern or patterns; only blocks whose name matches one are rewritten.
         exclude: pattern or patterns of blocks to keep.
         modules: patterns over module paths; each matching module is taken whole as one block,
@@ -203,7 +258,8 @@ def momentumize(
         state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` is the latter.
         tolerance: relative error that reversing may make; decides the distance of snapshots.  None is 1e-10 for
             float64, 1e-4 for float32, 1e-2 for bfloat16 and float16.
-        capture: ``"fx"`` or ``"auto"``.
+        capture: ``"fx"`` (symbolic tracing), ``"dynamo"``, or ``"auto"``: fx first, Dynamo where the model's Python
+            depends on values that symbolic tracing does not have.
 
     Returns:
         A new model of a subclass of the model's class.
@@ -235,10 +291,9 @@ def momentumize(
         capture=capture,
     )
     check_model(model)
-    options, signature, tensors = first_call(type(model).forward, options, example_inputs)
-    momentum = Momentum(type(model), options)
+    momentum = Momentum(type(model), replace(options, shapes=example_inputs is not None))
     mm = _shallow_copy(model, momentum)
-    entry = momentum.entry(mm, signature, tensors)
+    entry = momentum.first(mm, example_inputs)
     momentum.warn_of_hooks(entry, stacklevel=2)
     _warn_if_nothing(entry, type(model).__name__)
     if callable(options.velocity):

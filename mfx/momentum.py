@@ -20,12 +20,13 @@ equations (5) and (6).  Known limits: see :mod:`mfx.reversible`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mfx.drift import Drift
 from mfx.errors import ShapeError
 from mfx.precision import Schedule
 
@@ -86,29 +87,27 @@ class ChainSpec:
 
     ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies.
+    ``schedule(dtype, compute, same_branches)`` is that of :func:`mfx.precision.schedule`;
+    ``drift`` takes what its backwards measure.
     """
 
     name: str
     steps: tuple[StepSpec, ...]
-    schedule: Callable[[torch.dtype], Schedule]
+    schedule: Callable[..., Schedule]
     taps: tuple[int, ...] = ()
     copied: frozenset[int] = frozenset()
     reversible: bool = True
+    index: int = 0
+    drift: Drift = field(default_factory=Drift)
 
 
 def advance(step: StepSpec, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
     """One step: (x, v) and the branch's value to (x', v').  ``v`` None stands for zero."""
-    if value.shape != x.shape:
-        raise ShapeError(
-            f"block {step.name!r}: its branch returned shape {tuple(value.shape)}, but x has shape "
-            f"{tuple(x.shape)}. Pass example_inputs= so that shapes are known when planning, or keep the block "
-            f"as it is with exclude={step.name!r}"
-        )
     state = torch.promote_types(x.dtype, step.result_dtype(x.dtype, value.dtype))
     x, value = x.to(state), value.to(state)
+    branch = branch_of(step, x, value)
     if step.gamma == 0 and step.wrapped:
-        return value, value - x
-    branch = value - x if step.wrapped else value
+        return value, branch
     if step.scale != 1.0:
         branch = branch * step.scale
     if step.gamma == 0:
@@ -119,13 +118,24 @@ def advance(step: StepSpec, x: Tensor, v: Tensor | None, value: Tensor) -> tuple
 
 def retreat(step: StepSpec, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
     """The velocity before a step, from x before it, v' after it and the branch's value at x."""
-    value = value.to(v.dtype)
-    branch = value - x if step.wrapped else value
+    branch = branch_of(step, x, value.to(v.dtype))
     return torch.sub(v, branch, alpha=step.scale * (1 - step.gamma)).div_(step.gamma)
+
+
+def branch_of(step: StepSpec, x: Tensor, value: Tensor) -> Tensor:
+    """F(x), but for the step's ``scale``, from the branch's value."""
+    if value.shape != x.shape:
+        raise ShapeError(
+            f"block {step.name!r}: its branch returned shape {tuple(value.shape)}, but x has shape "
+            f"{tuple(x.shape)}. Pass example_inputs= so that shapes are known when planning, or keep the block "
+            f"as it is with exclude={step.name!r}"
+        )
+    return value - x if step.wrapped else value
 
 
 def stored(
     chain: ChainSpec,
+    carry: Carry,
     root: nn.Module,
     x: Tensor,
     v: Tensor | None,
@@ -136,11 +146,20 @@ def stored(
     inner = Inner(chain)
     for index, step in enumerate(chain.steps):
         own = inner.operands(index, operands[index])
+        x, v = carry.enter(index, x, v)
         value, *extra = step.branch(root, x.to(dtype), *own[: len(step.sides)])
         dtype = step.result_dtype(dtype, value.dtype)
-        x, v = advance(step, x, v, value)
+        x, v = carry.advance(index, x, v, value)
         inner.record(x.to(dtype), extra)
     return (x.to(dtype), *inner.handed_out())
+
+
+class Carry(Protocol):
+    """The arithmetic of the state, as far as going forward needs it; see :mod:`mfx.carry`."""
+
+    def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+    def advance(self, index: int, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Inner:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-_KNOWN_NAMESPACES = ("torch", "_operator", "operator", "math", "builtins", "einops")
+_KNOWN_NAMESPACES = ("torch", "_operator", "operator", "math", "builtins", "einops", "mfx")
 
 _QUERIES = frozenset(
     "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point "
@@ -225,7 +225,7 @@ def is_random(node: fx.Node, root: nn.Module) -> bool:
     name = name_of(node)
     if name == "scaled_dot_product_attention":
         return argument(node, 4, "dropout_p", 0.0) != 0.0
-    if name in _RANDOM:
+    if name in _RANDOM or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return node.op == "call_function" and not _known(node)
 

@@ -24,7 +24,7 @@ Patterns = str | Iterable[str] | None
 Velocity = str | Callable[[Any], nn.Module]
 
 _STATE_DTYPES = ("auto", torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CAPTURES = ("auto", "fx")
+_CAPTURES = ("auto", "fx", "dynamo")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def _is_real(value: Any) -> bool:
 def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    listed = tuple(patterns) if several else (patterns,)
     for pattern in listed:
         if not isinstance(pattern, str):
             raise InputTypeError(f"{argument} takes fnmatch patterns (str), not {type(pattern).__name__} ({pattern!r})")

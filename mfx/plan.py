@@ -14,7 +14,7 @@ Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -65,9 +65,11 @@ class Chain:
         """The branch values that are handed out."""
         return tuple(node for block in self.blocks for node in block.escapes)
 
-    def schedule(self, dtype: torch.dtype) -> Schedule:
-        """State dtype and snapshots for an input of ``dtype``."""
-        return schedule(self.gammas, dtype, self.state_dtype, self.tolerance)
+    def schedule(
+        self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True
+    ) -> Schedule:
+        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.precision.schedule`."""
+        return schedule(self.gammas, dtype, self.state_dtype, self.tolerance, compute, same_branches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ def plan(found: Found, options: Options) -> Plan:
     rejections = list(found.rejections)
     asked = _asked(found.blocks, options, rejections)
     kept = _one_level(asked, rejections)
-    runs = _without_cycles(found.flow, _runs(found.flow, kept, rejections), rejections)
+    runs = _settled(found.flow, kept, rejections)
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
     rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
     return Plan(tuple(chains), tuple(rejections), options)
@@ -155,6 +157,18 @@ def _chain_lengths(blocks: list[Block]) -> dict[Block, int]:
         ends[block.output] = max(ends.get(block.output, 0), backward)
         lengths[block] = forward[block] + backward - 1
     return lengths
+
+
+def _settled(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> list[list[Block]]:
+    """The runs, where a block that is kept after all writes in place again, and may stand in others' way."""
+    while True:
+        lost: list[Rejection] = []
+        runs = _without_cycles(flow, _runs(flow, blocks, lost), lost)
+        rejections += lost
+        adds = {rejection.add for rejection in lost}
+        if not any(block.written for block in blocks if block.output in adds):
+            return runs
+        blocks = [block for block in blocks if block.output not in adds]
 
 
 def _runs(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> list[list[Block]]:
@@ -230,13 +244,7 @@ class _Run:
 def _without_cycles(flow: Dataflow, runs: list[list[Block]], rejections: list[Rejection]) -> list[list[Block]]:
     """Split chains that would have to run both before and after each other."""
     while True:
-        owner = {node: index for index, run in enumerate(runs) for block in run for node in block.nodes}
-        contracted = nx.DiGraph()
-        contracted.add_nodes_from(range(len(runs)))
-        for node in flow.nodes:
-            here = owner.get(node, node)
-            edges = ((owner.get(source, source), here) for source in node.all_input_nodes)
-            contracted.add_edges_from(edge for edge in edges if edge[0] != edge[1])
+        contracted = contract(flow, runs)
         knots = [knot for knot in nx.strongly_connected_components(contracted) if len(knot) > 1]
         if not knots:
             return runs
@@ -248,6 +256,30 @@ def _without_cycles(flow: Dataflow, runs: list[list[Block]], rejections: list[Re
         else:
             rejections.append(_reject(runs[longest][0], Reason.ORDER, runs[longest][0].output))
             runs = [*runs[:longest], *runs[longest + 1 :]]
+
+
+def contract(flow: Dataflow, chains: Sequence[Sequence[Block]]) -> nx.DiGraph:
+    """What must run before what, each chain being one node: its number.
+
+    What all states of a chain have in common (shape, device) is asked of x_0.
+    """
+    owner = {node: index for index, chain in enumerate(chains) for block in chain for node in block.nodes}
+    inputs = first_states(chains)
+    contracted = nx.DiGraph()
+    for node in flow.nodes:
+        here = owner.get(node, node)
+        contracted.add_node(here)
+        for source in node.all_input_nodes:
+            asked = inputs.get(source, source) if operations.is_shape_query(node) else source
+            before = owner.get(asked, asked)
+            if before != here:
+                contracted.add_edge(before, here)
+    return contracted
+
+
+def first_states(chains: Sequence[Sequence[Block]]) -> dict[fx.Node, fx.Node]:
+    """For the inner states of each chain, its x_0."""
+    return {block.output: chain[0].skip for chain in chains for block in chain[:-1]}
 
 
 def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) -> Chain:

@@ -80,7 +80,7 @@ class Schedule:
     """``state_dtype`` of (x, v), and the steps before which the state is kept.
 
     ``snapshots`` are step indices; at step i the kept state is x_i, and v_i too where step i - 1 has to be
-    reversed from it.  ``grid`` is x's quantum relative to the largest element of the run's first x, 0 in floating
+    reversed from it.  ``tolerance`` is the relative error allowed, ``grid`` is x's quantum relative to the largest element of the run's first x, 0 in floating
     arithmetic.  ``drift`` is the error that reversing may make by the model of this module (0: bit for bit),
     ``rounding`` how far exact arithmetic may move the forward's x, both relative.
 
@@ -90,6 +90,7 @@ class Schedule:
 
     state_dtype: torch.dtype
     snapshots: tuple[int, ...]
+    tolerance: float = 1e-4
     grid: float = 0.0
     drift: float = 0.0
     rounding: float = 0.0
@@ -166,7 +167,7 @@ def schedule(
         A :class:`Schedule`.
 
     >>> schedule((0.5,) * 8, torch.float32, "auto", 1e-2)
-    Schedule(state_dtype=torch.float32, snapshots=(), grid=0.0, drift=0.000322..., rounding=0.0)
+    Schedule(state_dtype=torch.float32, snapshots=(), tolerance=0.01, grid=0.0, drift=0.000322..., rounding=0.0)
     >>> schedule((0.5,) * 30, torch.float32).state_dtype
     torch.float64
     >>> schedule((0.0,) * 4, torch.float32).snapshots
@@ -179,7 +180,8 @@ def schedule(
     else:
         states = [torch.promote_types(dtype, state_dtype)]  # type: ignore[arg-type]
     found = list(_candidates(gammas, states, coarse, allowed, same_branches))
-    found.append(Schedule(dtype if state_dtype == "auto" else states[0], tuple(range(len(gammas)))))
+    kept = dtype if state_dtype == "auto" else states[0]
+    found.append(Schedule(kept, tuple(range(len(gammas))), allowed))
     steps = len(gammas)
     return min(found, key=lambda one: (one.bytes_an_element(steps), len(one.snapshots), one.exact))
 
@@ -197,14 +199,16 @@ def _candidates(
 
 def _floating(gammas: tuple[float, ...], state: torch.dtype, roundoff: float, allowed: float) -> Schedule:
     """A snapshot wherever the next division would take the error over the tolerance."""
-    snapshots, error, worst = [], roundoff, roundoff
+    snapshots, error, worst = [], roundoff, 0.0
     for step, gamma in enumerate(gammas[1:], 1):
-        error *= growth(gamma)
-        if error > allowed:
+        longer = error * growth(gamma)
+        if longer > allowed:
             snapshots.append(step)
             error = roundoff
-        worst = max(worst, error)
-    return Schedule(state, _with_first(snapshots), drift=worst)
+        else:
+            error = longer
+            worst = max(worst, error)
+    return Schedule(state, _with_first(snapshots), allowed, drift=worst)
 
 
 def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float) -> Schedule:
@@ -218,7 +222,7 @@ def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float) -> Sch
             longer = _Run(state, grid)
         run = longer
         worst = max(worst, run.rounding)
-    return Schedule(state, _with_first(snapshots), grid, rounding=worst)
+    return Schedule(state, _with_first(snapshots), allowed, grid, rounding=worst)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from mfx.errors import BackwardError
@@ -81,7 +82,7 @@ class Conditions:
     ) -> Conditions:
         """The conditions for running ``block`` now, with the modules it calls and the buffers it reads."""
         flags = tuple(module.training for module in modules)
-        return Conditions(block, modules, buffers, flags, draws and not _is_symbolic(like), like.device)
+        return Conditions(block, modules, buffers, flags, draws and not is_symbolic(like), like.device)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -162,7 +163,7 @@ class Conditions:
                 values[module, name] = value
             else:
                 self.fixed.append((module, name, buffer, version))
-            if not _is_symbolic(buffer):
+            if not is_symbolic(buffer):
                 _written_buffers.setdefault(module, {})[module.training, name] = written
         self.kept = [(module, name, value) for (module, name), value in values.items()]
 
@@ -188,11 +189,17 @@ def _was_written(module: nn.Module, name: str, buffer: torch.Tensor, version: in
     """
     if module._buffers[name] is not buffer or buffer._version != version or _known_written(module, name):
         return True
-    return value is not None and not _is_symbolic(buffer) and not torch.equal(value, buffer)
+    return value is not None and not is_symbolic(buffer) and not torch.equal(value, buffer)
 
 
-def _is_symbolic(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and (isinstance(tensor, FakeTensor) or tensor.is_meta)
+def is_symbolic(tensor: torch.Tensor | None) -> bool:
+    """Whether there is no value behind a tensor: a compiler traces, or shapes alone are asked for."""
+    return tensor is not None and (isinstance(tensor, (FakeTensor, FunctionalTensor)) or tensor.is_meta)
+
+
+def is_recording() -> bool:
+    """Whether operations become a graph as they run."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _runs_without_buffers(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -18,11 +18,12 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from mfx.block import Block, Rejection
+from mfx.capture import as_call
 from mfx.dataflow import SHAPE
-from mfx.model import Entry, check_model, first_call, prepare
+from mfx.model import Entry, Momentum, check_model
 from mfx.options import Gamma, Patterns, make_options
 from mfx.plan import Chain
-from mfx.shapes import DTYPE, Fake
+from mfx.shapes import DTYPE, Fake, propagate_shapes
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def report(
     ``momentumize`` called with the same arguments rewrites exactly the rows whose status is ``"momentum"``.
 
     Args:
-        model: any module that symbolic tracing can follow; it is not run and not changed.
+        model: any module that gives one graph; it is not run and not changed.
         example_inputs: tensor, tuple or dict as the model's forward takes them; tensors on the meta device or
             fake ones do, only shapes and dtypes are read.  Adds shapes and bytes.
         gamma, include, exclude, modules, state_dtype, tolerance, capture: as for :func:`mfx.momentumize`.
@@ -173,15 +174,18 @@ def report(
         capture=capture,
     )
     check_model(model)
-    options, signature, tensors = first_call(type(model).forward, options, example_inputs)
-    entry = prepare(model, type(model).forward, signature, options, tensors)
+    options = replace(options, shapes=example_inputs is not None)
+    entry = Momentum(type(model), options).first(model, example_inputs)
+    inputs = None if example_inputs is None else entry.capture.inputs(model, *as_call(example_inputs))
+    if inputs is not None and not entry.sizes:
+        entry = replace(entry, sizes=propagate_shapes(entry.capture.graph, model, inputs))
     rows = [_momentum_row(chain, block, entry) for chain in entry.plan.chains for block in chain.blocks]
     rows += [_kept_row(rejection, entry) for rejection in entry.plan.rejections]
     order = {name: index for index, name in enumerate(_names_in_order(entry))}
     rows.sort(key=lambda row: order[row.name])
     memory = None
-    if entry.sizes and tensors is not None:
-        after = Fake(model, tensors).kept_bytes(entry.rewritten.run)
+    if entry.sizes and inputs is not None:
+        after = Fake(model, inputs).kept_bytes(entry.rewritten.run)
         memory = Memory(sum(entry.sizes.values()), after)
     chains = tuple(_chain_row(chain, entry) for chain in entry.plan.chains)
     return Report(type(model).__name__, tuple(rows), chains, memory, _block_graph(rows, entry))

@@ -5,6 +5,9 @@
 2. Each ``Step`` takes (x', v') off the tape, steps back to ``x = x' - v'`` (or takes x from a snapshot), runs its
    branch once more under the conditions of the first run (:mod:`mfx.recompute`), differentiates it, and leaves
    (x, v) on the tape.  Its gradients leave at once, so the last block's come first (M10).
+3. Where the state is known, what was reconstructed is held against it (:mod:`mfx.drift`).
+
+How the state is computed, and undone, is up to :mod:`mfx.carry`.
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
 Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
@@ -21,26 +24,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from mfx.errors import BackwardError
-from mfx.momentum import ChainSpec, Inner, StepSpec, advance, retreat, stored
+from mfx.carry import carry
+from mfx.drift import relative
+from mfx.errors import BackwardError, InputTypeError
+from mfx.momentum import ChainSpec, Inner, StepSpec, stored
 from mfx.precision import Schedule
-from mfx.recompute import Autocast, Conditions, parameters_as_operands, submodule
+from mfx.random import counted
+from mfx.recompute import Autocast, Conditions, is_recording, is_symbolic, parameters_as_operands, submodule
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 
 
 def run(
-    chain: ChainSpec, root: nn.Module, x: Tensor, velocity: Tensor | None, *operands: Sequence[Any]
+    chain: ChainSpec,
+    root: nn.Module,
+    x: Tensor,
+    velocity: Tensor | None,
+    *operands: Sequence[Any],
+    seed: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order."""
-    plan = chain.schedule(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order.
+
+    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.random`).
+    """
+    plan = _schedule(chain, x)
     state = x.to(plan.state_dtype)
     velocity = None if velocity is None else velocity.to(plan.state_dtype)
     if chain.reversible and _wants_gradient(x, velocity, operands):
-        return _reversible(chain, plan, root, state, velocity, operands, x.dtype)
-    return stored(chain, root, state, velocity, operands, x.dtype)
+        return _reversible(chain, plan, root, state, velocity, operands, x.dtype, seed)
+    return stored(chain, carry(chain.steps, plan), root, state, velocity, operands, x.dtype)
+
+
+def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
+    """The plan for an input such as ``x``, under the autocast in force."""
+    if x.is_complex():
+        raise InputTypeError(
+            f"{chain.name}: its input is complex ({x.dtype}), and the momentum recurrence is defined here for real "
+            f"numbers. Keep its blocks as they are with exclude={chain.steps[0].name!r} ..., or split the values into "
+            "real and imaginary part (torch.view_as_real)"
+        )
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    compute = torch.get_autocast_dtype(kind) if casts and x.dtype != torch.float64 else None
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return chain.schedule(dtype, compute, not _compiling(x))
+
+
+def _compiling(x: Tensor) -> bool:
+    """Whether the code that runs will be fused, forward and backward each in its own way."""
+    return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
 
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
@@ -61,10 +97,14 @@ def _reversible(
     v: Tensor | None,
     operands: Sequence[Sequence[Any]],
     dtype: torch.dtype,
+    seed: Tensor | None,
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
+    chain.drift.poll()
     tape = Tape(chain, plan, root, Autocast.current(x.device), dtype)
-    tape.observe(0, x, v)
+    tape.start = v
+    tape.seed = seed
+    tape.symbolic = is_symbolic(x)
     inner = Inner(chain)
     for index in range(len(chain.steps)):
         x, v, *extra = Step.apply(tape, index, x, v, *inner.operands(index, operands[index]))  # type: ignore[misc]
@@ -102,9 +142,22 @@ class Tape:
         self.strides: list[tuple[int, ...]] = []
         self.first: int | None = None
         self.snapshots: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self.state: tuple[Tensor, Tensor] | None = None
+        self.carry = carry(chain.steps, plan)
+        self.start: Tensor | None = None
+        self.state: tuple[Tensor, Tensor | None] | None = None
+        self.end: Tensor | None = None
+        self.drifts: list[Tensor] = []
         self.position = -1
         self.observer = _observers[-1] if _observers else None
+        self.seed: Tensor | None = None
+        self.symbolic = False
+
+    def draws(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Around a branch, in both of its runs: what a compiler traces takes its random values from the seed."""
+        step = self.chain.steps[index]
+        if not self.symbolic or not (self.seed is not None or is_recording()):
+            return contextlib.nullcontext()
+        return counted(self.seed if step.draws else None, index, step.name)
 
     @cached_property
     def inverts_last(self) -> bool:
@@ -114,23 +167,50 @@ class Tape:
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""
         if self.observer is not None:
-            self.observer(self.chain.name, index, x, v)
+            self.observer(self.chain.name, index, x, None if v is None else self.carry.velocity(index, v))
 
-    def before(self, index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x_i, v_i where a snapshot holds it, and v_(i+1) where it is needed to find v_i."""
+    def before(self, index: int) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+        """x_i, v_i where it is kept, and the state after the step, all as carried."""
         if self.position != index + 1:
             raise BackwardError(
                 f"{self.chain.name}: block {self.chain.steps[index].name!r} ran out of turn in backward; "
                 "a backward through a chain has to start at the chain's outputs"
             )
         self.position = index
+        after, self.state = self.state, None
         if index in self.snapshots:
-            self.state = None
             x, v = self.snapshots.pop(index)
-            return x, v, None
-        assert self.state is not None
-        x, v = self.state
-        return _with_strides(x - v, self.strides[index]).to(self.dtype_of_state(index)), None, v
+            return x, v, after
+        assert after is not None
+        x, v = after
+        assert v is not None
+        x = _with_strides(self.carry.x_before(index, x, v), self.strides[index])
+        return x.to(self.dtype_of_state(index)), None, after
+
+    def leave(self, index: int, x: Tensor, v: Tensor | None) -> None:
+        """Put the state before a step on the tape; after the last one give the drift away."""
+        if index != self.first:
+            self.state = (x, v)
+        elif self.drifts:
+            drifts, self.drifts = self.drifts, []
+            self.chain.drift.record(torch.stack(drifts).amax(), self.chain.name, self.plan.tolerance)
+
+    def check(
+        self, index: int, x: Tensor, v: Tensor | None, after: tuple[Tensor, Tensor | None] | None, value: Tensor
+    ) -> None:
+        """Hold one step from a known state against the state after it that was reconstructed (or kept)."""
+        known = index == 0 or v is not None or self.chain.steps[index].gamma == 0
+        if after is None or not known or _compiling(x) or isinstance(x, FakeTensor):
+            return
+        x_after, v_after = after
+        expected_x, expected_v = self.carry.advance(index, x, self.start if index == 0 else v, value.detach())
+        pairs: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        if index in self.plan.snapshots:
+            pairs.append((expected_x, x_after, None))
+        if v_after is not None:
+            v_after = self.carry.velocity(index + 1, v_after)
+            pairs.append((self.carry.velocity(index + 1, expected_v), v_after, self.end))
+        self.drifts.append(relative(pairs))
 
     def dtype_of_state(self, index: int) -> torch.dtype:
         """The dtype in which x_i was carried."""
@@ -156,26 +236,28 @@ class Step(torch.autograd.Function):
         ctx.constants = [None if saved else (operand,) for operand, saved in zip(operands, to_save, strict=True)]
         if tape.first is None and any(ctx.needs_input_grad):
             tape.first = index
-        tape.strides.append(x.stride())
         if index in tape.plan.snapshots:
             tape.snapshots[index] = (x, v if tape.plan.keeps_velocity(index) else None)
+        x, v = tape.carry.enter(index, x, v)
+        tape.observe(0, x, v) if index == 0 else None
+        tape.strides.append(x.stride())
         sides = operands[: len(step.sides)]
         seen = [x, *compress(sides, to_save)]
-        versions = [tensor._version for tensor in seen]
+        versions = [] if tape.symbolic else [tensor._version for tensor in seen]
         ctx.conditions = _conditions(step, tape.root, x)
         ctx.owners = [[(submodule(tape.root, path), name) for path, name in names] for names in step.parameters]
         ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
-        with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step):
+        with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step), tape.draws(index):
             inner = x.detach().requires_grad_() if step.sees_grad_mode else x
             value, *extra = step.branch(tape.root, inner.to(tape.dtypes[index]), *sides)
         value, *extra = [out.detach() if isinstance(out, Tensor) else out for out in (value, *extra)]
-        if [tensor._version for tensor in seen] != versions:
+        if versions and [tensor._version for tensor in seen] != versions:
             raise BackwardError(
                 f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
                 f"be recomputed. Keep the block as it is with exclude={step.name!r}"
             )
         tape.dtypes.append(step.result_dtype(tape.dtypes[index], value.dtype))
-        x, v = advance(step, x, v, value)
+        x, v = tape.carry.advance(index, x, v, value)
         tape.observe(index + 1, x, v)
         return (x, v, *extra)
 
@@ -184,21 +266,25 @@ class Step(torch.autograd.Function):
         _refuse_double_backward(ctx.tape)
         tape, index = ctx.tape, ctx.index
         step: StepSpec = tape.chain.steps[index]
-        x, v, v_after = tape.before(index)
+        x, v, after = tape.before(index)
+        inside, known = tape.carry.enter(index, x, v)
         saved = iter(_saved(ctx, f"a parameter or side input of block {step.name!r}"))
         operands = [next(saved) if held is None else held[0] for held in ctx.constants]
         _refuse_moved(ctx, step, operands)
         grad_v = _sum(grad_v, grad_x)
         pull = None if grad_v is None else grad_v * ((1 - step.gamma) * step.scale)
         rest = any(grad is not None for grad in grad_extra)
-        divides = v_after is not None and step.gamma != 0 and (index > 0 or tape.observer is not None)
+        divides = index not in tape.plan.snapshots and step.gamma != 0 and (index > 0 or tape.observer is not None)
         value, grads = None, [None] * (1 + len(operands))
         if divides or pull is not None or rest:
-            value, grads = _recompute(ctx, step, x, operands, pull, grad_extra)
+            value, grads = _recompute(ctx, step, inside, operands, pull, grad_extra)
+        if value is not None and (index == 0 or index in tape.plan.snapshots):
+            tape.check(index, inside, known, after, value)
         if divides and value is not None:
-            v = retreat(step, x, v_after, value)
-        tape.observe(index, x, v)
-        tape.state = None if v is None or index == tape.first else (x, v)
+            assert after is not None and after[1] is not None
+            v = tape.carry.v_before(index, inside, after[1], value)
+        tape.observe(index, inside, v)
+        tape.leave(index, x, v)
         own_x, own_v = _state_gradients(step, grad_x, grad_v, pull, grads[0])
         return None, None, own_x, own_v if ctx.needs_input_grad[3] else None, *grads[1:]
 
@@ -229,7 +315,7 @@ def _recompute(
     with conditions.restored(), parameters_as_operands(ctx.owners, operands[len(step.sides) :]) as parameters:
         sides = [_leaf(side) for side in operands[: len(step.sides)]]
         x = x.detach().requires_grad_(wanted[0])
-        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound():
+        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound(), tape.draws(ctx.index):
             value, *extra = step.again(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
         leaves = [x, *sides, *parameters]
         if not differentiate:
@@ -261,7 +347,9 @@ class Close(torch.autograd.Function):
         ctx.tape = tape
         kept = [tensor for pair in tape.snapshots.values() for tensor in pair if tensor is not None]
         end = [x, v] if tape.inverts_last else []
-        ctx.save_for_backward(*end, *kept)
+        start = [] if tape.start is None else [tape.start]
+        ctx.save_for_backward(*end, *start, *kept)
+        ctx.starts, tape.start = bool(start), None
         ctx.layout = [(index, pair[1] is not None) for index, pair in tape.snapshots.items()]
         tape.snapshots = {}
         values = (x.to(tape.dtypes[-1]), *handed)
@@ -273,6 +361,9 @@ class Close(torch.autograd.Function):
         _refuse_double_backward(tape)
         saved = iter(_saved(ctx, f"an output of {tape.chain.name}, or a value it keeps,"))
         tape.state = (next(saved), next(saved)) if tape.inverts_last else None
+        tape.start = next(saved) if ctx.starts else None
+        tape.drifts = []
+        tape.end = _size(tape.carry.velocity(len(tape.chain.steps), tape.state[1])) if tape.inverts_last else None
         tape.snapshots = {index: (next(saved), next(saved) if both else None) for index, both in ctx.layout}
         tape.position = len(tape.chain.steps)
         return None, grads[0], None, *grads[1:]
@@ -301,6 +392,10 @@ def _conditions(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
     called = {module: None for path in step.modules for module in submodule(root, path).modules()}
     buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
     return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
+
+
+def _size(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v.detach())
 
 
 def _leaf(side: Any) -> Any:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -26,15 +26,18 @@ from torch import fx, nn
 from mfx import operations
 from mfx.block import Block
 from mfx.capture import ADDED
+from mfx.counter import draw_seed
 from mfx.dataflow import Dataflow, get_attribute
 from mfx.find import Found
 from mfx.momentum import ChainSpec, Escape, State, StepSpec
 from mfx.operations import Add
 from mfx.options import Options
-from mfx.plan import Chain, Plan
+from mfx.plan import Chain, Plan, contract, first_states
 from mfx.reversible import run
 
 _serial = count()
+Velocity = tuple[Callable[..., Any], tuple[fx.Node, ...]]
+"""A function of x_0 and operands that gives v_0, and the operands' nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +62,45 @@ def rewrite(found: Found, plan: Plan) -> Rewritten:
     return Rewritten(graph, compile_graph(graph, "forward"), specs)
 
 
-def rewrite_lifted(found: Found, plan: Plan, gm: fx.GraphModule) -> fx.GraphModule:
+def rewrite_lifted(
+    found: Found, plan: Plan, gm: fx.GraphModule, stored: Container[int] = (), velocities: Sequence[Velocity] = ()
+) -> fx.GraphModule:
     """The same for a graph whose parameters and buffers are placeholders: a module with ``gm``'s placeholders.
 
     Chains take tensors alone, so compilers can trace them; what ``gm`` holds beside (constants, inner graphs) is
-    closed over.
+    closed over.  Chains that draw random numbers take a seed.
+
+    Args:
+        found, plan: of ``gm``'s graph.
+        gm: the graph's module.
+        stored: indices of the chains that keep their activations.
+        velocities: one for each chain, where they are learned.
     """
     graph = fx.Graph()
-    _fill(graph, found.flow, plan, lambda spec: (_named(spec, gm), ()))
+
+    def target(spec: ChainSpec) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
+        return _named(replace(spec, reversible=False) if spec.index in stored else spec, gm), ()
+
+    _fill(graph, found.flow, plan, target, _Lifted(stored, velocities))
     return fx.GraphModule(gm, graph)
+
+
+@dataclass(frozen=True)
+class _Lifted:
+    """What chains of a lifted graph take beside their operands."""
+
+    stored: Container[int]
+    velocities: Sequence[Velocity]
+
+    def seed(self, graph: fx.Graph, spec: ChainSpec, x: fx.Node) -> dict[str, fx.Node]:
+        """The seed, where some step draws; each forward draws one."""
+        draws = spec.reversible and spec.index not in self.stored and any(step.draws for step in spec.steps)
+        return {"seed": graph.call_function(draw_seed, (x,))} if draws else {}
+
+    def velocity(self, graph: fx.Graph, index: int, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        """v_0 of a chain with a learned velocity."""
+        function, operands = self.velocities[index]
+        return graph.call_function(function, (x, *(env[operand] for operand in operands)))
 
 
 def _fill(
@@ -75,15 +108,17 @@ def _fill(
     flow: Dataflow,
     plan: Plan,
     target: Callable[[ChainSpec], tuple[Callable[..., Any], tuple[fx.Node, ...]]],
+    lifted: _Lifted | None = None,
 ) -> tuple[ChainSpec, ...]:
     """Put the rewritten nodes into ``graph``; ``target`` gives what calls a chain, and its first arguments."""
     specs = tuple(_build(chain, plan.options, flow) for chain in plan.chains)
     env: dict[fx.Node, fx.Node] = {}
+    first = first_states([chain.blocks for chain in plan.chains])
     for item in _order(flow, plan):
         if isinstance(item, Chain):
-            _emit(graph, target(specs[item.index]), item, specs[item.index], plan.options, env)
+            _emit(graph, target(specs[item.index]), item, specs[item.index], plan.options, env, lifted)
         else:
-            env[item] = graph.node_copy(item, _lookup(item, env, plan))
+            env[item] = graph.node_copy(item, _lookup(item, env, first))
     graph.lint()
     return specs
 
@@ -102,31 +137,24 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return lambda root, *inputs: function(root, root, *inputs)
 
 
-def _lookup(reader: fx.Node, env: dict[fx.Node, fx.Node], plan: Plan) -> Callable[[fx.Node], fx.Node]:
+def _lookup(
+    reader: fx.Node, env: dict[fx.Node, fx.Node], first: dict[fx.Node, fx.Node]
+) -> Callable[[fx.Node], fx.Node]:
     """Where a node outside the chains finds its inputs; what all states share is asked of x_0."""
     if not operations.is_shape_query(reader):
         return env.__getitem__
-    inputs = {block.output: chain.input for chain in plan.chains for block in chain.blocks[:-1]}
-    return lambda node: env[inputs[node]] if node in inputs and node not in env else env[node]
+    return lambda node: env[first[node]] if node in first and node not in env else env[node]
 
 
 def _order(flow: Dataflow, plan: Plan) -> list[fx.Node | Chain]:
     """Chains and remaining nodes in an order that respects all inputs, and the original where it can."""
-    owner = {node: chain for chain in plan.chains for block in chain.blocks for node in block.nodes}
-    states = {block.output: chain for chain in plan.chains for block in chain.blocks[:-1]}
-    contracted = nx.DiGraph()
-    place = {node: index for index, node in enumerate(flow.nodes)}
-    for node in flow.nodes:
-        here = owner.get(node, node)
-        contracted.add_node(here)
-        for source in node.all_input_nodes:
-            before = owner.get(source, source)
-            if operations.is_shape_query(node) and source in states:
-                before = owner.get(states[source].input, states[source].input)
-            if before is not here:
-                contracted.add_edge(before, here)
-    when = {chain: place[chain.output] for chain in plan.chains}
-    return list(nx.lexicographical_topological_sort(contracted, lambda item: when.get(item, place.get(item, 0))))
+    contracted = contract(flow, [chain.blocks for chain in plan.chains])
+
+    def place(item: fx.Node | int) -> int:
+        return flow.position[plan.chains[item].output if isinstance(item, int) else item]
+
+    ordered = nx.lexicographical_topological_sort(contracted, place)
+    return [plan.chains[item] if isinstance(item, int) else item for item in ordered]
 
 
 def _emit(
@@ -136,17 +164,23 @@ def _emit(
     spec: ChainSpec,
     options: Options,
     env: dict[fx.Node, fx.Node],
+    lifted: _Lifted | None,
 ) -> None:
     """Add the momentum node of ``chain``, and name its results in ``env``."""
     x = env[chain.input]
-    velocity = graph.call_module(f"{ADDED}.{chain.index}", (x,)) if callable(options.velocity) else None
+    velocity = None
+    if callable(options.velocity) and lifted is not None:
+        velocity = lifted.velocity(graph, chain.index, x, env)
+    elif callable(options.velocity):
+        velocity = graph.call_module(f"{ADDED}.{chain.index}", (x,))
     groups = []
     for block, step in zip(chain.blocks, spec.steps, strict=True):
         outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
         parameters = [graph.get_attr(_join(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
     function, first = target
-    node = graph.call_function(function, (*first, x, velocity, *groups))
+    seed = {} if lifted is None else lifted.seed(graph, spec, x)
+    node = graph.call_function(function, (*first, x, velocity, *groups), seed)
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
 
@@ -157,9 +191,9 @@ def _named(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any
     def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any) -> Any:
         return run(spec, root, x, velocity, *operands)
 
-    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any) -> Any:
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, seed: Any = None) -> Any:
         assert bound is not None
-        return run(spec, bound, x, velocity, *operands)
+        return run(spec, bound, x, velocity, *operands, seed=seed)
 
     function = momentum if bound is None else momentum_of_tensors
     function.__name__ = function.__qualname__ = spec.name
@@ -179,6 +213,7 @@ def _build(chain: Chain, options: Options, flow: Dataflow) -> ChainSpec:
     taps = [values[tap] for tap in chain.taps]
     return ChainSpec(
         name=f"momentum_{chain.index}",
+        index=chain.index,
         steps=tuple(steps),
         schedule=chain.schedule,
         taps=tuple(tap.step for tap in taps),

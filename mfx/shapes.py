@@ -30,15 +30,15 @@ DTYPE = "mfx_dtype"
 class Fake:
     """A place where ``model`` runs on fake inputs; its parameters and buffers stay untouched."""
 
-    def __init__(self, model: nn.Module, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         self.mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.tensors = [self._fake(tensor) for tensor in tensors]
 
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, FakeTensor):
+    def _fake(self, tensor: Any) -> Any:
+        if isinstance(tensor, FakeTensor) or not isinstance(tensor, torch.Tensor):
             return tensor
         if not tensor.is_meta:
             return self.mode.from_tensor(tensor.detach(), static_shapes=True)
@@ -72,7 +72,7 @@ class Fake:
     def kept_bytes(self, run: Callable[..., Any]) -> int:
         """Bytes that ``run(model, *tensors)`` would keep for backward."""
         with self(), torch.enable_grad():
-            with KeptBytes([*self.model.parameters(), *self.model.buffers(), *self.tensors]) as kept:
+            with KeptBytes([*self.model.parameters(), *self.model.buffers(), *_tensors(self.tensors)]) as kept:
                 output = run(self.model, *self.tensors)
             total = kept.total()
             del output
@@ -105,7 +105,11 @@ class _Interpreter(fx.Interpreter):
         return value
 
 
-def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[torch.Tensor]) -> dict[fx.Node, int]:
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[Any]) -> dict[fx.Node, int]:
     """Note shape and dtype of every node's value in its meta; gives the bytes each keeps for backward.
 
     A model whose shapes depend on values is interpreted as far as that goes.
@@ -116,13 +120,13 @@ def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[torch.Tenso
     fake = Fake(root, tensors)
     with fake(), torch.enable_grad():
         output = None
-        with KeptBytes([*root.parameters(), *root.buffers(), *fake.tensors]) as kept:
+        with KeptBytes([*root.parameters(), *root.buffers(), *_tensors(fake.tensors)]) as kept:
             try:
                 output = _Interpreter(graph, root, kept).run(*fake.tensors)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return {}
             except (RuntimeError, TypeError, ValueError) as error:
-                shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+                shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _tensors(tensors))
                 raise InputTypeError(
                     f"example_inputs do not fit the model (received {shapes}): {str(error).splitlines()[0]}"
                 ) from error

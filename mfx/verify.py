@@ -108,7 +108,7 @@ def verify(
     options.pop("reversible", None)
     args, kwargs = as_call(example_inputs)
     reversible = momentumize(model, gamma, example_inputs=example_inputs, tolerance=tolerance, **options)
-    stored = momentumize(model, gamma, example_inputs=example_inputs, reversible=False, **options)
+    stored = momentumize(model, gamma, example_inputs=example_inputs, tolerance=tolerance, reversible=False, **options)
     _share_velocities(reversible, stored)
     reconstruction = _Reconstruction()
     with _unchanged(model, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]):
