@@ -1,8 +1,12 @@
 """mfx: momentum residual networks as a compiler pass for PyTorch."""
 
+from mfx.anneal import GammaSchedule
+from mfx.backend import Backend, backend
 from mfx.errors import (
     BackwardError,
     CaptureError,
+    CompiledStoredWarning,
+    CompileError,
     DriftWarning,
     HookWarning,
     InputTypeError,
@@ -14,14 +18,18 @@ from mfx.errors import (
     Reason,
     ShapeError,
 )
-from mfx.model import graph_of, momentumize, set_gamma
+from mfx.model import drift, graph_of, momentumize, set_gamma
 from mfx.report import Report, report
 from mfx.verify import Verification, verify
 
 __all__ = [
+    "Backend",
     "BackwardError",
     "CaptureError",
+    "CompileError",
+    "CompiledStoredWarning",
     "DriftWarning",
+    "GammaSchedule",
     "HookWarning",
     "InputTypeError",
     "MfxError",
@@ -33,6 +41,8 @@ __all__ = [
     "Report",
     "ShapeError",
     "Verification",
+    "backend",
+    "drift",
     "graph_of",
     "momentumize",
     "report",

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from mfx.compiling import prepare, refuse_parts
+from mfx.handed import prepare, refuse_parts
 from mfx.errors import InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.lifted import Lifted, momentumize_graph
 from mfx.options import Gamma, Options, make_options

@@ -44,6 +44,11 @@ class Block:
     passed: tuple[fx.Node, ...] = ()
     name: str = ""
 
+    @property
+    def add(self) -> fx.Node:
+        """The add itself; of a module taken whole, its call."""
+        return self.tail[0] if self.tail else self.output
+
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes that the block stands for; a query of x that others ask as well is not among them."""
@@ -141,12 +146,18 @@ def _within(node: fx.Node, home: str) -> bool:
 def _serves(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]) -> bool:
     """Whether only members use the node's value (a query of x is taken in by each who needs it)."""
     users = [user for user in node.users if not _only_writes(flow, user, node)]
-    if not users or node.op == "placeholder":
+    if not users or node.op == "placeholder" or _unpacks_number(node):
         return False
     if all(user in members for user in users):
         return True
     scalar = operations.is_query(node) and node.all_input_nodes[0] is skip
     return scalar and any(user in members for user in users)
+
+
+def _unpacks_number(node: fx.Node) -> bool:
+    """Whether the node takes a number out of a lifted one: what a compiler knows of it is lost on a detached copy."""
+    inputs = node.all_input_nodes
+    return len(inputs) == 1 and inputs[0].op == "placeholder" and inputs[0].meta.get(LIFTED) == "number"
 
 
 def _only_writes(flow: Dataflow, node: fx.Node, value: fx.Node) -> bool:
@@ -211,16 +222,15 @@ def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | 
     """What the block's in-place writes, and writes during it, would break."""
     x = flow.memory[block.skip]
     members = set(block.members)
-    add = _add_of(block)
+    add = block.add
     faults: list[tuple[Reason, fx.Node | None]] = []
     for node in block.members:
         if node is add:
             continue
         for owner in {flow.memory[target] for target in flow.written.get(node, ())}:
+            if block.written and node in block.tail and owner is flow.memory[add]:
+                continue  # the branch adds into a tensor of its own, and what follows writes to that
             if owner is x:
-                # An add into x gives a new tensor in the branch, and what follows in place writes to that.
-                if node in block.tail:
-                    continue
                 faults.append((Reason.WRITES_SKIP, node))
             elif owner not in members and not _may_write(flow, node, owner):
                 faults.append((Reason.WRITES_OUTSIDE, node))
@@ -232,10 +242,6 @@ def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | 
             faults.append((Reason.WRITES_INPUT, add))
         faults.append((Reason.READS_OVERWRITTEN, flow.stale_reads.get(add)))
     return faults
-
-
-def _add_of(block: Block) -> fx.Node:
-    return block.tail[0] if block.tail else block.output
 
 
 def _may_write(flow: Dataflow, node: fx.Node, owner: fx.Node) -> bool:

@@ -1,149 +1,235 @@
-"""Graphs that Dynamo hands to a backend: what their inputs are, where their nodes ran, whether they are whole.
+"""torch.compile of a momentumized model: its part of the outer graph is rewritten before the backend sees it.
 
-1. :func:`prepare` tells parameters and buffers among a graph's placeholders, gives each node the module path in
-   whose forward it ran, relative to the model, and notes shapes, so that planning sees what it sees in a capture.
-2. :func:`refuse_parts` raises where the graph is only a part of what was compiled: a chain cut in two would start
-   with a new velocity, and the model would compute another function.
+1. While Dynamo traces an outer function, the generated forward lets it trace the model's *own* forward, between two
+   hooks (:func:`traced`).  The first puts itself in front of the backend, the second marks the nodes that were
+   added in between: the model's *region* of the outer graph.
+2. When Dynamo hands the graph over, each region becomes a graph of its own, is rewritten with the model's options
+   (:mod:`mfx.lifted`) and takes its old place.  Its chains must be those that the model has outside of a compiler.
+3. The parameters of learned velocities are touched in between the hooks, which makes them inputs of the graph.
 
-Source: torch/_dynamo/output_graph.py and torch/_dynamo/eval_frame.py, alike in torch 2.11 and 2.15.
-Known limits: modules that neither the compiled function's arguments nor its globals hold directly are named by
-Dynamo's own expression for them.
+Nothing here looks at how the model was captured for eager use.
+
+Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
+Known limits: no ``modules=``, no ``torch.export``, no momentumized model inside another or inside a higher-order
+operation (``torch.utils.checkpoint``).
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
-from mfx.dataflow import SHAPE
-from mfx.errors import CompileError
-from mfx.lifted import mark
-from mfx.shapes import DTYPE
-from mfx.versions import source_name
+from mfx.capture import ADDED
+from mfx.errors import CompileError, PlanChangedError
+from mfx.handed import kind_of, note_shape
+from mfx.lifted import mark, momentumize_graph
+from mfx.options import Options
+from mfx.rewrite import Velocity, join, part
 
-_TORCH = os.path.dirname(torch.__file__)
-_BASE = re.compile(r"^([LG])\['([^']+)'\]")
-
-
-def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Note on the nodes of ``gm``, as Dynamo hands it over, what planning needs."""
-    kinds = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        kind = kind_of(node, value)
-        if kind:
-            kinds[node] = kind
-    mark(gm.graph, kinds, module_paths(gm.graph))
-    for node in gm.graph.nodes:
-        note_shape(node)
+_REGION = "mfx_region"
+_REGIONS = "_mfx_regions"
 
 
-def kind_of(node: fx.Node, value: Any) -> str:
-    """Whether a placeholder is a ``"parameter"``, a ``"buffer"``, a ``"number"``, or (empty) an input."""
-    if isinstance(value, nn.Parameter):
-        return "parameter"
-    if not isinstance(value, torch.Tensor):
-        return "number"
-    source = getattr(node, "_dynamo_source", None)
-    return "buffer" if source is not None and "._buffers[" in source_name(source) else ""
+class Traceable(Protocol):
+    """What compiling needs to know of a momentumized model.
+
+    ``token`` is a text of its own for each model and each change of its options: compiled code is used only for the
+    one it was made for.
+    """
+
+    options: Options
+    chains: tuple[tuple[str, ...], ...] | None
+    token: str
 
 
-def note_shape(node: fx.Node) -> None:
-    """Note shape and dtype of a node's value where Dynamo knows them."""
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor):
-        return
-    # A comparison of symbolic sizes would add guards; their expressions compare as text.
-    node.meta[SHAPE] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    node.meta[DTYPE] = value.dtype
-    if node.op == "call_method" and node.target in ("to", "type_as", "float", "double", "half", "bfloat16"):
-        source = node.all_input_nodes[0].meta.get("example_value")
-        node.meta["dtype_kept"] = isinstance(source, torch.Tensor) and source.dtype == value.dtype
+_serial = count()
 
 
-def module_paths(graph: fx.Graph) -> dict[int, str]:
-    """The path of each module that some node ran in, by its id; relative to the model where there is one."""
-    named: dict[int, str] = {}
-    for node in graph.nodes:
-        for key, (expression, _) in (node.meta.get("nn_module_stack") or {}).items():
-            identity = key.partition("@")[0]
-            if identity.isdigit():
-                named.setdefault(int(identity), expression)
-    scopes = _scopes()
-    bases = {match.group(0): match.groups() for match in map(_BASE.match, named.values()) if match is not None}
-    roots = {base: scopes.get(scope, {}).get(name) for base, (scope, name) in bases.items()}
-    paths: dict[int, str] = {}
-    for identity, expression in named.items():
-        match = _BASE.match(expression)
-        base = match.group(0) if match is not None else ""
-        path = expression[len(base) :].lstrip(".")
-        paths[identity] = _joined(_prefix(base, bases), path) if path else _prefix(base, bases)
-    for base, root in roots.items():
-        if isinstance(root, nn.Module):
-            for path, module in root.named_modules():
-                paths[id(module)] = _joined(_prefix(base, bases), path)
-    return paths
+def new_token() -> str:
+    """A text that no other model or change of options has."""
+    return f"momentum {next(_serial)}"
 
 
-def _prefix(base: str, bases: dict[str, tuple[str, ...]]) -> str:
-    """Several models in one function are told apart by the names that the function has for them."""
-    return bases[base][1] if len(bases) > 1 and base else ""
+@dataclass(eq=False)
+class _Region:
+    """One call of a momentumized model in an outer graph."""
+
+    root: nn.Module
+    momentum: Traceable
+    before: set[fx.Node]
+    velocities: list[str] = field(default_factory=list)
 
 
-def _joined(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix and path else prefix or path
+@dataclass(eq=False)
+class _Regions:
+    """The regions of one outer graph, and the one that Dynamo is in."""
+
+    closed: list[_Region] = field(default_factory=list)
+    open: _Region | None = None
 
 
-def _scopes() -> dict[str, dict[str, Any]]:
-    """The local and global names of the function that Dynamo is at."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:
-        return {}
-    return {"L": dict(output.local_scope), "G": dict(output.global_scope)}
-
-
-def refuse_parts(gm: fx.GraphModule) -> None:
-    """Raise where ``gm`` is a part only of what the caller compiled.
+def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Dynamo's way through a momentumized model; runs under Dynamo only.
 
     Raises:
-        CompileError: says where Dynamo broke the graph.
+        CompileError: the model is used in a way that cannot be compiled.
+        PlanChangedError: the compiled graph has other chains than the model.
     """
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
-        where = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else "?"
-        text = reason.reason.splitlines()[0]
-    else:
-        outer = next(_between(), None)
-        if outer is None:
-            return
-        where = f"{outer.f_code.co_filename}:{outer.f_lineno}"
-        text = f"{outer.f_code.co_name} runs outside of the graph"
-    raise CompileError(
-        f"Dynamo breaks the graph at {where} ({text}), and what a momentum chain computes would depend on where it is "
-        "cut: each part starts with a new velocity. Rewrite that line (fullgraph=True shows why it cannot be "
-        "followed), compile the model alone and not what is around it, or accept one chain a part with "
-        "mfx.backend(..., graph_breaks=True)"
+    from torch._dynamo.comptime import comptime
+
+    if momentum.token == "":
+        return None
+    before = torch.backends.mha._is_fastpath_enabled
+    # In inference attention's fast path would swallow whole layers, adds and all.
+    torch.backends.mha._is_fastpath_enabled = False
+    comptime(_enter)
+    if hasattr(root, ADDED):
+        for module in getattr(root, ADDED).values():
+            for parameter in module.parameters():
+                parameter.detach()
+            for buffer in module.buffers():
+                buffer.detach()
+    comptime(_start)
+    value = forward(root, *args, **kwargs)
+    comptime(_leave)
+    torch.backends.mha._is_fastpath_enabled = before
+    return value
+
+
+def _output(context: Any) -> Any:
+    return context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+
+
+def _local(context: Any, name: str) -> Any:
+    variable = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return variable.realize().value
+
+
+def _enter(context: Any) -> None:
+    """Put the pass in front of the backend, once for each graph, and begin a region."""
+    output = _output(context)
+    root, momentum = _local(context, "root"), _local(context, "momentum")
+    name = type(root).__name__
+    if output.current_tracer is not output.root_tracer:
+        raise CompileError(
+            f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "
+            "of the compiled function, where its graph cannot be rewritten: call it outside of that operation"
+        )
+    if output.export:
+        raise CompileError(f"{name} is momentumized and cannot be exported: export the original model")
+    if momentum.options.modules:
+        raise CompileError(f"{name}: modules= takes modules whole, which a compiled graph cannot: leave it out")
+    regions = output.__dict__.get(_REGIONS)
+    if regions is None:
+        regions = output.__dict__[_REGIONS] = _Regions()
+        output.compiler_fn = _in_front_of(output.compiler_fn, regions)
+    if regions.open is not None:
+        raise CompileError(
+            f"{name} is momentumized and part of {type(regions.open.root).__name__}, which is too: "
+            "momentumize only one of them to compile it"
+        )
+    regions.open = _Region(root, momentum, set(output.graph.nodes))
+
+
+def _start(context: Any) -> None:
+    """Note the inputs that a learned velocity needs, and forget that they were touched."""
+    output = _output(context)
+    region = output.__dict__[_REGIONS].open
+    touched = [node for node in output.graph.nodes if node not in region.before and node.op != "placeholder"]
+    region.velocities = [str(node.all_input_nodes[0].target) for node in touched if node.target == "detach"]
+    region.before = {node for node in output.graph.nodes if node.op != "placeholder"}
+
+
+def _leave(context: Any) -> None:
+    """End the region."""
+    output = _output(context)
+    regions = output.__dict__.get(_REGIONS)
+    if regions is None or regions.open is None:
+        raise _broken(type(_local(context, "root")).__name__)
+    region, regions.open = regions.open, None
+    number = len(regions.closed)
+    regions.closed.append(region)
+    for node in output.graph.nodes:
+        if node not in region.before and node.op not in ("placeholder", "output"):
+            node.meta[_REGION] = number
+
+
+def _broken(name: str) -> CompileError:
+    return CompileError(
+        f"Dynamo breaks the graph inside {name}, which is momentumized: each part would start with a new velocity, and "
+        "the model would compute another function. fullgraph=True shows where and why; rewrite that line, or compile "
+        "the parts around the model"
     )
 
 
-def _between() -> Iterator[Any]:
-    """The frames outside of torch between the one that Dynamo is at and the compiled function's caller."""
-    frame = sys._getframe()
-    while frame is not None and not _is(frame, "convert_frame.py", "__call__"):
-        frame = frame.f_back
-    while frame is not None and not _is(frame, "eval_frame.py", "compile_wrapper"):
-        if not frame.f_code.co_filename.startswith(_TORCH):
-            yield frame
-        frame = frame.f_back
+def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..., Any]:
+    """The backend with the pass in front."""
+
+    def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if regions.open is not None:
+            raise _broken(type(regions.open.root).__name__)
+        for number, region in enumerate(regions.closed):
+            gm = _rewritten(gm, example_inputs, number, region)
+        return compiler(gm, example_inputs, *args, **kwargs)
+
+    compile_rewritten.__name__ = getattr(compiler, "__name__", "backend")
+    for name in ("compiler_name", "get_compiler_config"):
+        if hasattr(compiler, name):
+            setattr(compile_rewritten, name, getattr(compiler, name))
+    return compile_rewritten
 
 
-def _is(frame: Any, file: str, name: str) -> bool:
-    return frame.f_code.co_name == name and frame.f_code.co_filename.endswith(os.path.join("_dynamo", file))
+def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, region: _Region) -> fx.GraphModule:
+    """``gm`` with the chains of one region as momentum nodes."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    kinds = {node: kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)}
+    nodes = [node for node in gm.graph.nodes if node.meta.get(_REGION) == number]
+    if not nodes:
+        return gm
+    by_name = {str(node.target): node for node in placeholders}
+    velocities = [by_name[name] for name in region.velocities]
+    inner, inputs = part(gm, nodes, velocities)
+    lifted = {inputs[node]: kind for node, kind in kinds.items() if kind and node in inputs}
+    mark(inner.graph, lifted, {id(module): path for path, module in region.root.named_modules() if path})
+    if region.momentum.options.shapes:
+        for node in inner.graph.nodes:
+            note_shape(node)
+    new = momentumize_graph(inner, region.momentum.options, _velocities(region.root, [inputs[node] for node in velocities]))
+    expected = region.momentum.chains
+    if expected is not None and new.plan.names != expected:
+        raise PlanChangedError(
+            f"compiled, {type(region.root).__name__} has the chains {_listed(new.plan.names)}, and else "
+            f"{_listed(expected)}. It would compute another function: exclude the blocks that differ, or momentumize "
+            "it with capture='dynamo' and example_inputs="
+        )
+    return join(gm, nodes, new.module, inputs)
+
+
+def _listed(chains: Sequence[Sequence[str]]) -> str:
+    return str([list(chain) for chain in chains])
+
+
+def _velocities(root: nn.Module, inputs: Sequence[fx.Node]) -> list[Velocity]:
+    """What gives v_0 of each chain: its module, with the graph's inputs for its parameters and buffers."""
+    added = root._modules.get(ADDED)
+    if added is None:
+        return []
+    nodes = iter(inputs)
+    velocities = []
+    for module in added.children():
+        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        velocities.append((_velocity(module, names), tuple(next(nodes) for _ in names)))
+    return velocities
+
+
+def _velocity(module: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
+    def velocity(x: Any, *tensors: Any) -> Any:
+        return torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x,))
+
+    velocity.__module__ = "mfx"
+    return velocity

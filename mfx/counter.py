@@ -5,7 +5,10 @@
 3. Bits become decisions, uniform numbers, exponential and normal ones.
 
 Every operation is plain arithmetic on int64, in which no product overflows, so that eager mode and each compiler
-give the same bits; and nothing is kept, so that they can be had again in backward.
+give the same bits.
+
+A compiler that sees forward and backward compute the same bits would do so once and keep them in between.  So the
+recomputation writes the same numbers in another way: the seed as a twin with some bits turned, turned back, indices counted from 1.
 
 Source: the hash is "lowbias32" of C. Wellons' hash-prospector (constants 21f0aaad and d35a2d97); the idea of
 counter-based generators is Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,44 +29,70 @@ _FIRST, _SECOND = 0x21F0AAAD, 0xD35A2D97
 _GOLDEN = 0x9E3779B9
 
 
+_TWIN = 0x5DEECE66D2C7A9B1
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A 64-bit seed; ``again`` tells a recomputation from the first run, and changes none of the values."""
+
+    value: Tensor
+    again: bool = False
+
+    def twin(self) -> Tensor:
+        """What forward keeps, for :meth:`of_twin`."""
+        return self.value ^ _TWIN
+
+    @staticmethod
+    def of_twin(twin: Tensor) -> Seed:
+        """The seed as the recomputation writes it."""
+        return Seed(twin ^ _TWIN, again=True)
+
+    def index(self, count: int) -> Tensor:
+        """0, 1, ... on the seed's device."""
+        start = int(self.again)
+        index = torch.arange(start, count + start, device=self.value.device, dtype=torch.int64)
+        return index - 1 if self.again else index
+
+
 def draw_seed(like: Tensor) -> Tensor:
     """A seed from torch's own generator, on the device of ``like``."""
     return torch.randint(-(2**62), 2**62, (), dtype=torch.int64, device=like.device)
 
 
-def bits(shape: Sequence[int], seed: Tensor, site: int) -> Tensor:
+def bits(shape: Sequence[int], seed: Seed, site: int) -> Tensor:
     """32 random bits for each element, as an int64 tensor on the seed's device.
 
-    >>> seed = torch.tensor(7)
+    >>> seed = Seed(torch.tensor(7))
     >>> torch.equal(bits((2, 3), seed, 0), bits((2, 3), seed, 0)), torch.equal(bits((6,), seed, 0), bits((6,), seed, 1))
     (True, False)
     """
     low, high = site & _MASK, site >> 32
-    first = _mix((seed & _MASK) ^ _mix_number(low))
-    second = _mix(((seed >> 32) & _MASK) ^ _mix_number(high ^ _mix_number(low ^ _GOLDEN)))
-    index = torch.arange(math.prod(shape), device=seed.device, dtype=torch.int64).reshape(tuple(shape))
+    first = _mix((seed.value & _MASK) ^ _mix_number(low))
+    second = _mix(((seed.value >> 32) & _MASK) ^ _mix_number(high ^ _mix_number(low ^ _GOLDEN)))
+    index = seed.index(math.prod(shape)).reshape(tuple(shape))
     once = _mix((index & _MASK) ^ first)
     return _mix(once ^ second ^ ((index >> 32) & _MASK))
 
 
-def keeps(shape: Sequence[int], seed: Tensor, site: int, p: float) -> Tensor:
+def keeps(shape: Sequence[int], seed: Seed, site: int, p: float) -> Tensor:
     """Decisions that are False with probability ``p``."""
     return bits(shape, seed, site) >= round(p * 2**32)
 
 
-def uniform(shape: Sequence[int], seed: Tensor, site: int, dtype: torch.dtype) -> Tensor:
+def uniform(shape: Sequence[int], seed: Seed, site: int, dtype: torch.dtype) -> Tensor:
     """Numbers in [0, 1), never rounded up to 1."""
     digits = min(32, 1 - round(math.log2(torch.finfo(dtype).eps)))
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     return ((bits(shape, seed, site) >> (32 - digits)).to(wide) * 2.0**-digits).to(dtype)
 
 
-def exponential(shape: Sequence[int], seed: Tensor, site: int) -> Tensor:
+def exponential(shape: Sequence[int], seed: Seed, site: int) -> Tensor:
     """Numbers of the exponential distribution of rate 1, in float64, all above 0."""
     return -_inside(bits(shape, seed, site)).log()
 
 
-def normal(shape: Sequence[int], seed: Tensor, site: int, second: int) -> Tensor:
+def normal(shape: Sequence[int], seed: Seed, site: int, second: int) -> Tensor:
     """Numbers of the standard normal distribution, in float64, from two sites (Box and Muller)."""
     radius = (2 * exponential(shape, seed, site)).sqrt()
     return radius * (2 * math.pi * _inside(bits(shape, seed, second))).cos()

@@ -4,7 +4,8 @@ One pass over the nodes, in order:
 
 1. ``inputs`` of a node are the nodes it computes from; metadata queries (shape, dtype, ``zeros_like`` ...) cut the data
    flow, so a value built from sizes alone depends on nothing.
-2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from.
+2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from, or that were written into its
+   memory before.
 3. ``ancestors`` is the set of *skip candidates* a value is computed from.  A candidate is dropped from the
    sets after the last add that reads it, so on a chain of blocks the sets stay small and the pass linear.
 4. ``memory`` names, for each node, the node whose memory it may share (views, in-place results).
@@ -25,6 +26,8 @@ from mfx.operations import Add
 GENERATOR = "random generator"
 SHAPE = "mfx_shape"
 """node.meta key: the shape of the node's value, where shapes are known."""
+DTYPE = "mfx_dtype"
+"""node.meta key: the dtype of the node's value, where shapes are known."""
 LIFTED = "mfx_lifted"
 """node.meta key of a placeholder that stands for a parameter or buffer: which of the two words."""
 
@@ -73,9 +76,9 @@ def analyse(graph: fx.Graph, root: nn.Module, whole: frozenset[fx.Node] = frozen
     position = {node: index for index, node in enumerate(nodes)}
     adds = {node: form for node in nodes if (form := operations.add_form(node)) is not None}
     last_read = _last_reads(nodes, position, adds, root, whole)
-    origins, ancestors = _flow(nodes, position, last_read)
     memory = _memory(nodes, root)
     written = {node: found for node in nodes if (found := operations.writes(node, root))}
+    origins, ancestors = _flow(nodes, position, last_read, memory, written)
     writers = _writers(memory, written)
     return Dataflow(
         graph=graph,
@@ -119,10 +122,15 @@ def _last_reads(
 
 
 def _flow(
-    nodes: tuple[fx.Node, ...], position: dict[fx.Node, int], last_read: dict[fx.Node, int]
+    nodes: tuple[fx.Node, ...],
+    position: dict[fx.Node, int],
+    last_read: dict[fx.Node, int],
+    memory: dict[fx.Node, fx.Node],
+    written: dict[fx.Node, tuple[fx.Node, ...]],
 ) -> tuple[dict[fx.Node, int], dict[fx.Node, frozenset[fx.Node]]]:
     origins: dict[fx.Node, int] = {}
     ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
+    contents: dict[fx.Node, int] = {}
     inputs = 0
     for node in nodes:
         mask, above = 0, frozenset[fx.Node]()
@@ -132,8 +140,10 @@ def _flow(
             mask, inputs = 1 << inputs, inputs + 1
         elif not operations.is_query(node) and not operations.is_like_factory(node):
             for source in node.all_input_nodes:
-                mask |= origins[source]
+                mask |= origins[source] | contents.get(memory[source], 0)
                 above |= ancestors[source]
+            for target in written.get(node, ()):
+                contents[memory[target]] = contents.get(memory[target], 0) | mask
         here = position[node]
         above = frozenset(skip for skip in above if last_read[skip] >= here)
         origins[node] = mask

@@ -5,7 +5,8 @@ What a backward reconstructs can be held against what is known, at no cost but a
 1. at the chain's start v_0 is known (zero, or the velocity given): one step from (x_0, v_0), with the branch value
    that the backward computes anyway, must give the v_1 that was reconstructed.  No division is needed, so gamma = 0
    is checked as well;
-2. at each snapshot the same holds for the state after it, x and v.
+2. at each snapshot the same holds for the state after it, x and v;
+3. where the last step is computed from a snapshot, the norm of x_N is kept from the forward and compared.
 
 ``drift`` is the largest of ``|v_1 - v_1'| / max(|v_1|, |v|)``, v the velocity where the run began to be reversed,
 and ``|x_1 - x_1'| / |x_1|``, in the L2 norm.  Where it passes the chain's tolerance a :class:`mfx.DriftWarning` says
@@ -22,7 +23,6 @@ only.  At a snapshot that keeps x alone, with gamma > 0, nothing is known of v. 
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -36,7 +36,7 @@ class Drift:
     """The drift of one chain: values on their way, and the last one that arrived."""
 
     def __init__(self) -> None:
-        self.value = math.nan
+        self.value: float | None = None
         self._pending: list[tuple[Tensor, Any, str, float]] = []
 
     def record(self, value: Tensor, chain: str, tolerance: float) -> None:

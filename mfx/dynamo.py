@@ -33,10 +33,10 @@ import torch
 from torch import fx, nn
 
 from mfx.capture import drop_dead
-from mfx.dataflow import LIFTED, SHAPE, get_attribute
+from mfx.handed import note_shape
+from mfx.dataflow import LIFTED, get_attribute
 from mfx.errors import CaptureError
 from mfx.lifted import mark
-from mfx.shapes import DTYPE
 from mfx.tracer import SCOPE, Constant
 from mfx.versions import source_name
 
@@ -160,7 +160,7 @@ def _mark(gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any) -> dict[
             lifted[node] = "number"
     mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
     for node in gm.graph.nodes:
-        _note_shape(node)
+        note_shape(node)
     return kinds
 
 
@@ -170,18 +170,6 @@ def _evaluate(source: Any, scope: dict[str, Any]) -> Any:
         return eval(source_name(source), scope) if source is not None else None
     except Exception:
         return None
-
-
-def _note_shape(node: fx.Node) -> None:
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor):
-        return
-    # A comparison of symbolic sizes would add guards; their expressions compare as text.
-    node.meta[SHAPE] = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    node.meta[DTYPE] = value.dtype
-    if node.op == "call_method" and node.target in ("to", "type_as", "float", "double", "half", "bfloat16"):
-        source = node.all_input_nodes[0].meta.get("example_value")
-        node.meta["dtype_kept"] = isinstance(source, torch.Tensor) and source.dtype == value.dtype
 
 
 def _relative(gm: fx.GraphModule, kinds: dict[fx.Node, tuple[str, str]]) -> tuple[fx.Graph, tuple[int, ...]]:

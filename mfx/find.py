@@ -65,22 +65,24 @@ def find(graph: fx.Graph, root: nn.Module, leaves: frozenset[fx.Node] = frozense
 def _match(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | None:
     """The block that ends in ``add``, why there is none, or None where the add is not residual."""
     left, right = form.left, form.right
-    if not flow.origins[left] & flow.origins[right]:
-        return None
+    shared = flow.origins[left] & flow.origins[right]
     if flow.source(left) in flow.ancestors[right]:
         skip, value, scale = flow.source(left), right, form.scale
     elif flow.source(right) in flow.ancestors[left]:
         if form.scale != 1.0:
-            return Rejection(add, Reason.SCALED_SKIP, add)
+            return Rejection(add, Reason.SCALED_SKIP, add) if shared else None
         skip, value, scale = flow.source(right), left, 1.0
     else:
-        return Rejection(add, Reason.PROJECTION, _shorter_path(flow, left, right))
+        return Rejection(add, Reason.PROJECTION, _shorter_path(flow, left, right)) if shared else None
     if isinstance(scale, fx.Node):
         return Rejection(add, Reason.SCALED_SKIP, add)
     written = "" if form.written is None else "branch" if form.written is value else "skip"
     block = collect(flow, "residual", skip, value, add, scale=scale, written=written)
     passed = _passed(form.left if value is form.right else form.right, skip, add)
-    return check(flow, replace(block, passed=passed))
+    checked = check(flow, replace(block, passed=passed))
+    if not shared and isinstance(checked, Rejection) and checked.reason is Reason.NO_PARAMETERS:
+        return None
+    return checked
 
 
 def _passed(operand: fx.Node, skip: fx.Node, add: fx.Node) -> tuple[fx.Node, ...]:

@@ -215,6 +215,12 @@ def moves_statistics(node: fx.Node) -> bool:
     return argument(node, position, keyword, name == "instance_norm") is not False
 
 
+def is_ambient(node: fx.Node) -> bool:
+    """Whether the node switches what all after it run under: autocast, the grad mode and the like."""
+    name = name_of(node) if node.op == "call_function" else ""
+    return name.startswith(("_enter_", "_exit_", "_set_")) and _known(node)
+
+
 def is_random(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may draw random numbers (in some mode); opaque functions may."""
     if node.op == "call_module":
@@ -262,7 +268,7 @@ def is_pure(node: fx.Node, root: nn.Module) -> bool:
         return True
     if node.op not in ("call_function", "call_method"):
         return False
-    return not (is_assertion(node) or is_random(node, root) or writes(node, root)) and (
+    return not (is_assertion(node) or is_ambient(node) or is_random(node, root) or writes(node, root)) and (
         node.op == "call_method" or _known(node)
     )
 

@@ -15,7 +15,7 @@ Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equatio
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
@@ -23,7 +23,7 @@ from torch import fx
 
 from mfx import operations
 from mfx.block import Block, Rejection
-from mfx.dataflow import Dataflow
+from mfx.dataflow import DTYPE, Dataflow
 from mfx.errors import Reason
 from mfx.find import Found
 from mfx.options import Options, check_patterns
@@ -64,6 +64,18 @@ class Chain:
     def escapes(self) -> tuple[fx.Node, ...]:
         """The branch values that are handed out."""
         return tuple(node for block in self.blocks for node in block.escapes)
+
+    @property
+    def note(self) -> str:
+        """Gammas and schedule in a line; where the dtype of x is not known, for float32."""
+        dtype = self.input.meta.get(DTYPE, torch.float32)
+        found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
+        gammas = ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(self.gammas))
+        return f"gamma {gammas}; {len(self.blocks)} steps; {found.note(len(self.blocks))}"
+
+    def with_gammas(self, options: Options) -> Chain:
+        """The chain with the gammas that ``options`` give its blocks."""
+        return replace(self, gammas=_gammas(self.blocks, options))
 
     def schedule(
         self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True
@@ -175,7 +187,7 @@ def _runs(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> l
     """Chains of blocks, each as long as nothing in between stands in the way."""
     open_runs: dict[fx.Node, _Run] = {}
     finished: list[_Run] = []
-    ignored = {add for block in blocks if block.written for add in block.nodes if add in flow.adds}
+    ignored = {(flow.memory[b.add], node) for b in blocks if b.written for node in b.tail or (b.add,)}
     for block in blocks:
         run = open_runs.pop(block.skip, None)
         if run is None or run.obstacle(block) is not None:
@@ -195,10 +207,11 @@ class _Run:
     """A chain in the making; scans its span of the graph once.
 
     Execution will have three phases: what does not depend on the chain (0), the chain (1), what depends on it
-    (2).  Each resource must be used in non-decreasing phases, or the rewriting would change an order.
+    (2).  Each resource must be used in non-decreasing phases, or the rewriting would change an order.  Writes into
+    memory are ``ignored`` (memory, writer) where the rewritten add, and what follows it, have a tensor of their own.
     """
 
-    def __init__(self, flow: Dataflow, start: fx.Node, ignored: set[fx.Node]) -> None:
+    def __init__(self, flow: Dataflow, start: fx.Node, ignored: set[tuple[object, fx.Node]]) -> None:
         self.flow = flow
         self.blocks: list[Block] = []
         self.scanned = flow.position[start] + 1
@@ -206,6 +219,7 @@ class _Run:
         self.members: set[fx.Node] = set()
         self.late: set[fx.Node] = set()
         self.phases: dict[object, int] = {}
+        self.started = False
         self.ignored = ignored
 
     def obstacle(self, block: Block) -> fx.Node | None:
@@ -216,6 +230,9 @@ class _Run:
             phase = self._phase(node)
             if phase == 2:
                 self.late.add(node)
+            if operations.is_ambient(node) and self.started:
+                return node
+            self.started = self.started or phase == 1
             for resource in self._resources(node):
                 if phase < self.phases.get(resource, 0):
                     return node
@@ -237,7 +254,7 @@ class _Run:
     def _resources(self, node: fx.Node) -> Iterable[object]:
         for resource in self.flow.resources.get(node, ()):
             writers = self.flow.writers.get(resource, ()) if isinstance(resource, fx.Node) else (node,)
-            if any(writer not in self.ignored for writer in writers):
+            if any((resource, writer) not in self.ignored for writer in writers):
                 yield resource
 
 
@@ -282,17 +299,19 @@ def first_states(chains: Sequence[Sequence[Block]]) -> dict[fx.Node, fx.Node]:
     return {block.output: chain[0].skip for chain in chains for block in chain[:-1]}
 
 
+def _gammas(blocks: Iterable[Block], options: Options) -> tuple[float, ...]:
+    gammas = [options.gamma_of(block.name) for block in blocks]
+    chosen = tuple(gamma for gamma in gammas if gamma is not None)
+    return (0.0, *chosen[1:]) if options.velocity == "first" else chosen
+
+
 def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) -> Chain:
     inside = {node for block in blocks for node in block.nodes}
     states = [block.output for block in blocks[:-1]]
-    gammas = [options.gamma_of(block.name) for block in blocks]
-    chosen = tuple(gamma for gamma in gammas if gamma is not None)
-    if options.velocity == "first":
-        chosen = (0.0, *chosen[1:])
     return Chain(
         index=index,
         blocks=tuple(blocks),
-        gammas=chosen,
+        gammas=_gammas(blocks, options),
         state_dtype=options.state_dtype,
         tolerance=options.tolerance,
         taps=tuple(state for state in states if any(_taps(user, inside) for user in state.users)),

@@ -31,7 +31,7 @@ velocity sums to after it, so the forward's *rounding* relative to the largest `
 
     q0 / sqrt(12) * sqrt(sum_k (P_k + ... + P_N)^2),    P_k = gamma_1 ... gamma_k,
 
-and that of x's own grid, sqrt(N / 12) quanta.
+and that of x's own grid, sqrt(N / 12) quanta.  It may take up a share (:data:`ROUNDING`) of the tolerance.
 
 The plan, for a chain of N steps, a dtype and a tolerance:
 
@@ -51,7 +51,8 @@ Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2 (exact revers
 et al., "Gradient-based Hyperparameter Optimization through Reversible Learning", arXiv 1502.03492, section 2.
 Known limits: L is not known of a model, so a chain whose branches amplify more than that drifts more: the drift
 detector says so.  Exact arithmetic assumes ``|v| < 4 |x_0|`` and, in float64 over float32, ``|x| < 2^19 |x_0|``
-(largest elements, within a run; 2^9 otherwise); beyond, single elements fall back to floating arithmetic.
+(largest elements, within a run; 2^9 in float64 over
+float64, 2^7 in float32 over the half precisions); beyond, single elements fall back to floating arithmetic.
 """
 
 from __future__ import annotations
@@ -69,10 +70,13 @@ BRANCH_GAIN = 1.0
 HEADROOM = 2
 """Bits left for velocities larger than the largest element of x_0."""
 
+ROUNDING = {torch.float32: 1 / 10, torch.bfloat16: 1 / 40, torch.float16: 1 / 40}
+"""The share of the tolerance that the forward's rounding may take up, by the branches' dtype (float64: all)."""
+
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 _ONE_UP = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-_FINEST = {torch.float64: 44, torch.float32: 15}
-"""No quantum is finer than 2 to the minus this, relative to x_0: what is left is headroom."""
+_FINEST = {torch.float64: (44, 48), torch.float32: (17, 20)}
+"""x's and v's quanta are never finer than 2 to the minus this, relative to x_0: what is left is headroom."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,19 @@ class Schedule:
         """The most steps between two kept states (``steps`` where only the end is kept)."""
         ends = [0, *self.snapshots, steps]
         return max(after - before for before, after in zip(ends, ends[1:], strict=False))
+
+    def note(self, steps: int) -> str:
+        """The schedule of a chain of ``steps`` in words.
+
+        >>> schedule((0.9,) * 300, torch.float32).note(300)
+        'state in float64, exact, at most 224 steps to a snapshot (1 kept)'
+        """
+        dtype = str(self.state_dtype).removeprefix("torch.")
+        if len(self.snapshots) == steps:
+            return f"every x kept in {dtype}"
+        arithmetic = "exact" if self.exact else f"drift up to {self.drift:.0e}"
+        kept = f"at most {self.interval(steps)} steps to a snapshot ({len(self.snapshots)} kept)"
+        return f"state in {dtype}, {arithmetic}, {kept if self.snapshots else 'no snapshots'}"
 
     def starts(self) -> tuple[int, ...]:
         """The first step of each run between kept states."""
@@ -194,7 +211,7 @@ def _candidates(
         if not (finer and same_branches):
             yield _floating(gammas, state, max(_roundoff(state), _roundoff(compute)), allowed)
         if same_branches and (finer or state == torch.float64) and state in _FINEST:
-            yield _exact(gammas, state, allowed)
+            yield _exact(gammas, state, allowed, ROUNDING.get(compute, 1.0))
 
 
 def _floating(gammas: tuple[float, ...], state: torch.dtype, roundoff: float, allowed: float) -> Schedule:
@@ -211,13 +228,13 @@ def _floating(gammas: tuple[float, ...], state: torch.dtype, roundoff: float, al
     return Schedule(state, _with_first(snapshots), allowed, drift=worst)
 
 
-def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float) -> Schedule:
+def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float, share: float) -> Schedule:
     """A snapshot wherever the next division would leave the quanta too few bits."""
-    grid = 2.0 ** -min(_FINEST[state], math.ceil(-math.log2(allowed)) + 20)
+    grid = 2.0 ** -min(_FINEST[state][0], math.ceil(-math.log2(allowed)) + 20)
     snapshots, run, worst = [], _Run(state, grid), 0.0
     for step, gamma in enumerate(gammas[1:], 1):
         longer = run.after(gamma)
-        if gamma == 0 or longer.rounding > allowed:
+        if gamma == 0 or longer.rounding > share * allowed:
             snapshots.append(step)
             longer = _Run(state, grid)
         run = longer
@@ -254,7 +271,7 @@ class _Run:
 def first_quantum(product: float, state: torch.dtype) -> float:
     """q0 of a run whose gammas multiply to ``product``, relative to the largest element of its first x."""
     bits = _digits(state) - HEADROOM - math.ceil(-math.log2(product)) if product > 0 else -1000
-    return 2.0 ** -min(bits, _FINEST[state])
+    return 2.0 ** -min(bits, _FINEST[state][1])
 
 
 def _with_first(snapshots: list[int]) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfx.counter import exponential, keeps, normal, uniform
+from mfx.counter import Seed, exponential, keeps, normal, uniform
 from mfx.errors import CompileError
 
 _NEGATIVE_SATURATION = -1.7580993408473766  # of selu; what alpha dropout puts in the place of a value
@@ -48,11 +48,11 @@ def is_known(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def counted(seed: Tensor | None, step: int, block: str) -> Iterator[None]:
+def counted(seed: Seed | None, step: int, block: str) -> Iterator[None]:
     """Around a branch that a compiler traces, in both of its runs.
 
     Args:
-        seed: a 0-d int64 tensor; None where the branch draws nothing.
+        seed: None where the branch draws nothing.
         step: the step's number in its chain.
         block: the block's name, for error messages.
 
@@ -69,7 +69,7 @@ def counted(seed: Tensor | None, step: int, block: str) -> Iterator[None]:
 class Counted(TorchFunctionMode):
     """Computes random operations from a seed; sites are numbered in order of the calls."""
 
-    def __init__(self, seed: Tensor, step: int) -> None:
+    def __init__(self, seed: Seed, step: int) -> None:
         super().__init__()
         self.seed = seed
         self.next = step * _CALLS

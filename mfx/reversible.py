@@ -29,6 +29,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from mfx.carry import carry
+from mfx.counter import Seed
 from mfx.drift import relative
 from mfx.errors import BackwardError, InputTypeError
 from mfx.momentum import ChainSpec, Inner, StepSpec, stored
@@ -103,7 +104,8 @@ def _reversible(
     chain.drift.poll()
     tape = Tape(chain, plan, root, Autocast.current(x.device), dtype)
     tape.start = v
-    tape.seed = seed
+    tape.seed = None if seed is None else Seed(seed)
+    tape.twin = None if tape.seed is None else tape.seed.twin()
     tape.symbolic = is_symbolic(x)
     inner = Inner(chain)
     for index in range(len(chain.steps)):
@@ -146,18 +148,21 @@ class Tape:
         self.start: Tensor | None = None
         self.state: tuple[Tensor, Tensor | None] | None = None
         self.end: Tensor | None = None
+        self.size: Tensor | None = None
         self.drifts: list[Tensor] = []
         self.position = -1
         self.observer = _observers[-1] if _observers else None
-        self.seed: Tensor | None = None
+        self.seed: Seed | None = None
+        self.twin: Tensor | None = None
         self.symbolic = False
 
-    def draws(self, index: int) -> contextlib.AbstractContextManager[None]:
+    def draws(self, index: int, again: bool) -> contextlib.AbstractContextManager[None]:
         """Around a branch, in both of its runs: what a compiler traces takes its random values from the seed."""
         step = self.chain.steps[index]
         if not self.symbolic or not (self.seed is not None or is_recording()):
             return contextlib.nullcontext()
-        return counted(self.seed if step.draws else None, index, step.name)
+        seed = self.seed if self.twin is None or not again else Seed.of_twin(self.twin)
+        return counted(seed if step.draws else None, index, step.name)
 
     @cached_property
     def inverts_last(self) -> bool:
@@ -200,10 +205,14 @@ class Tape:
     ) -> None:
         """Hold one step from a known state against the state after it that was reconstructed (or kept)."""
         known = index == 0 or v is not None or self.chain.steps[index].gamma == 0
-        if after is None or not known or _compiling(x) or isinstance(x, FakeTensor):
+        if not known or _compiling(x) or isinstance(x, FakeTensor):
+            return
+        expected_x, expected_v = self.carry.advance(index, x, self.start if index == 0 else v, value.detach())
+        if after is None:
+            if self.size is not None:
+                self.drifts.append(relative([(_size(expected_x), self.size, None)]))
             return
         x_after, v_after = after
-        expected_x, expected_v = self.carry.advance(index, x, self.start if index == 0 else v, value.detach())
         pairs: list[tuple[Tensor, Tensor, Tensor | None]] = []
         if index in self.plan.snapshots:
             pairs.append((expected_x, x_after, None))
@@ -220,7 +229,9 @@ class Tape:
 def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     if x.stride() == strides:
         return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    # Along a stride of 0 (expand) all values are one; it is written once.
+    single = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+    return torch.empty_strided(single.shape, strides, dtype=x.dtype, device=x.device).copy_(single).expand(x.shape)
 
 
 class Step(torch.autograd.Function):
@@ -247,7 +258,7 @@ class Step(torch.autograd.Function):
         ctx.conditions = _conditions(step, tape.root, x)
         ctx.owners = [[(submodule(tape.root, path), name) for path, name in names] for names in step.parameters]
         ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
-        with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step), tape.draws(index):
+        with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step), tape.draws(index, again=False):
             inner = x.detach().requires_grad_() if step.sees_grad_mode else x
             value, *extra = step.branch(tape.root, inner.to(tape.dtypes[index]), *sides)
         value, *extra = [out.detach() if isinstance(out, Tensor) else out for out in (value, *extra)]
@@ -315,7 +326,7 @@ def _recompute(
     with conditions.restored(), parameters_as_operands(ctx.owners, operands[len(step.sides) :]) as parameters:
         sides = [_leaf(side) for side in operands[: len(step.sides)]]
         x = x.detach().requires_grad_(wanted[0])
-        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound(), tape.draws(ctx.index):
+        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound(), tape.draws(ctx.index, again=True):
             value, *extra = step.again(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
         leaves = [x, *sides, *parameters]
         if not differentiate:
@@ -350,6 +361,8 @@ class Close(torch.autograd.Function):
         start = [] if tape.start is None else [tape.start]
         ctx.save_for_backward(*end, *start, *kept)
         ctx.starts, tape.start = bool(start), None
+        if not tape.inverts_last and not _compiling(x):
+            tape.size = _size(x)
         ctx.layout = [(index, pair[1] is not None) for index, pair in tape.snapshots.items()]
         tape.snapshots = {}
         values = (x.to(tape.dtypes[-1]), *handed)
@@ -394,8 +407,8 @@ def _conditions(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
     return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
 
 
-def _size(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v.detach())
+def _size(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value.detach())
 
 
 def _leaf(side: Any) -> Any:

@@ -12,8 +12,10 @@ path; they own nothing (M4).  This is the only module that builds graphs.
 
 from __future__ import annotations
 
+import copy
 import linecache
 import operator
+import types
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -60,6 +62,22 @@ def rewrite(found: Found, plan: Plan) -> Rewritten:
     root = graph.placeholder("root")
     specs = _fill(graph, found.flow, plan, lambda spec: (_named(spec), (root,)))
     return Rewritten(graph, compile_graph(graph, "forward"), specs)
+
+
+def with_gammas(rewritten: Rewritten, plan: Plan) -> Rewritten:
+    """``rewritten`` with the gammas and schedules of a plan of the same chains; branches stay as they are."""
+    specs = []
+    for spec, chain in zip(rewritten.chains, plan.chains, strict=True):
+        steps = tuple(replace(step, gamma=gamma) for step, gamma in zip(spec.steps, chain.gammas, strict=True))
+        specs.append(replace(spec, steps=steps, schedule=chain.schedule))
+    graph = copy.deepcopy(rewritten.graph)
+    calls = {spec.name: _named(spec) for spec in specs}
+    notes = {spec.name: chain.note for spec, chain in zip(specs, plan.chains, strict=True)}
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if getattr(node.target, "__module__", "") == "mfx" and name in calls:
+            node.target, node.kwargs = calls[name], {**node.kwargs, "plan": notes[name]}
+    return Rewritten(graph, _with_calls(rewritten.run, calls), tuple(specs))
 
 
 def rewrite_lifted(
@@ -133,8 +151,25 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    function = scope["forward"]
-    return lambda root, *inputs: function(root, root, *inputs)
+    return _root_twice(scope["forward"])
+
+
+def _root_twice(function: Any) -> Callable[..., Any]:
+    def call(root: nn.Module, *inputs: Any) -> Any:
+        return function(root, root, *inputs)
+
+    call.__wrapped__ = function  # type: ignore[attr-defined]
+    return call
+
+
+def _with_calls(compiled: Any, calls: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A compiled graph with other chain functions, by their names; nothing is compiled anew."""
+    function = compiled.__wrapped__
+    scope = dict(function.__globals__)
+    for key, value in scope.items():
+        if getattr(value, "__module__", None) == "mfx" and getattr(value, "__name__", None) in calls:
+            scope[key] = calls[value.__name__]
+    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__))
 
 
 def _lookup(
@@ -179,16 +214,16 @@ def _emit(
         parameters = [graph.get_attr(_join(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
     function, first = target
-    seed = {} if lifted is None else lifted.seed(graph, spec, x)
-    node = graph.call_function(function, (*first, x, velocity, *groups), seed)
+    given = {"plan": chain.note} if lifted is None else lifted.seed(graph, spec, x)
+    node = graph.call_function(function, (*first, x, velocity, *groups), given)
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
 
 
 def _named(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
-    """The chain as a function of its own name, which is what a graph prints."""
+    """The chain as a function of its own name, which is what a graph prints; so is ``plan``, which is for readers."""
 
-    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any) -> Any:
+    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, plan: str = "") -> Any:
         return run(spec, root, x, velocity, *operands)
 
     def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, seed: Any = None) -> Any:
@@ -296,7 +331,7 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
     for number, side in enumerate(block.sides):
         env[side] = graph.placeholder(f"side_{number}")
     for node in block.members:
-        if block.tail and node is block.tail[0] and block.written == "skip":
+        if block.tail and node is block.tail[0] and block.written:
             env[node] = _functional(graph, flow.adds[node], env)
         elif node not in left_out:
             env[node] = graph.node_copy(node, lambda source: None if source in left_out else env[source])  # type: ignore
@@ -306,7 +341,7 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
 
 
 def _functional(graph: fx.Graph, form: Add, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    """An in-place add into x as one that leaves x alone; the result has x's dtype, as there."""
+    """An in-place add as one that leaves x and escapes alone; the result has the dtype it has there."""
     kwargs = {} if form.scale == 1.0 else {"alpha": form.scale}
     total = graph.call_function(torch.add, (env[form.left], env[form.right]), kwargs)
     return graph.call_method("type_as", (total, env[form.left]))
@@ -319,3 +354,50 @@ def _split(path: str) -> tuple[str, str]:
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
+
+
+def part(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], further: Iterable[fx.Node] = ()
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """``nodes`` of a graph as a graph of their own, and the placeholder there for each value they take.
+
+    The values of ``further`` nodes become placeholders as well.  Its results are the values used elsewhere.
+    """
+    graph = fx.Graph()
+    inside = set(nodes)
+    taken = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    taken.update(dict.fromkeys(further))
+    inputs = {source: graph.placeholder(source.name) for source in taken}
+    env = dict(inputs)
+    for source, placeholder in inputs.items():
+        placeholder.meta = dict(source.meta)
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in _used_outside(nodes)))
+    return fx.GraphModule(gm, graph), inputs
+
+
+def join(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], inner: fx.GraphModule, inputs: dict[fx.Node, fx.Node]
+) -> fx.GraphModule:
+    """``gm`` with ``inner``, made of what :func:`part` gave, in the place of ``nodes``."""
+    graph = fx.Graph()
+    inside, outside = set(nodes), _used_outside(nodes)
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node not in inside:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        elif node is nodes[0]:
+            here: dict[fx.Node, fx.Node] = {}
+            placeholders = inner.graph.find_nodes(op="placeholder")
+            for placeholder, source in zip(placeholders, inputs, strict=True):
+                here[placeholder] = env[source]
+            results = graph.graph_copy(inner.graph, here)
+            env.update(zip(outside, results, strict=True))  # type: ignore[arg-type]
+    graph.lint()
+    return fx.GraphModule(gm, graph)
+
+
+def _used_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    return [node for node in nodes if any(user not in inside for user in node.users)]

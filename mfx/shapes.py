@@ -19,12 +19,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from mfx.dataflow import SHAPE
+from mfx.dataflow import DTYPE, SHAPE
 from mfx.errors import InputTypeError
 from mfx.memory import KeptBytes
-
-DTYPE = "mfx_dtype"
-"""node.meta key: the dtype of the node's value, where shapes are known."""
 
 
 class Fake:

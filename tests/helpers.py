@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-from mfx.model import Entry, first_call, prepare
-from mfx.options import make_options
 
 Named = dict[str, "Tensor | None"]
 
@@ -176,30 +172,3 @@ def _ratio(difference: float, scale: float) -> float:
     if difference == 0:
         return 0.0
     return difference / scale if scale else float("inf")
-
-
-class Part(nn.Module):
-    """A module with the given forward, three linear layers ``f``, ``g``, ``h`` of width 4, and ``parts``."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        for name in "fgh":
-            self.add_module(name, nn.Linear(4, 4))
-        for name, part in parts.items():
-            buffer = isinstance(part, Tensor) and not isinstance(part, nn.Parameter)
-            (self.register_buffer if buffer else partial(setattr, self))(name, part)
-        self.body = forward
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.body(self, *inputs)
-
-
-def net(forward: Callable[..., Any], **parts: Any) -> nn.Module:
-    """A :class:`Part` to use as a root, in float64: its class has the given forward, with its signature."""
-    return type("Net", (Part,), {"forward": forward})(forward, **parts).double()
-
-
-def prepared(model: nn.Module, example_inputs: Any = None, **options: Any) -> Entry:
-    """The model captured, searched, planned and rewritten, with the options of ``momentumize``."""
-    chosen, signature, tensors = first_call(type(model).forward, make_options(**options), example_inputs)
-    return prepare(model, type(model).forward, signature, chosen, tensors)

@@ -200,6 +200,25 @@ def test_gamma_can_be_changed() -> None:
     assert_same(run(mm.eval(), x), run(model.eval(), x))
 
 
+class WithConstants(Net):
+    """Uses tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(p=0.0)
+        self.scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale) + torch.ones(2, dtype=torch.float64)
+
+
+def test_gamma_can_be_changed_where_the_graph_holds_constants() -> None:
+    model = WithConstants()
+    mm = mfx.momentumize(model, 0.9)
+    mfx.set_gamma(mm, 0.0)
+    x = rows()
+    assert_same(run(mm, x), run(model, x))
+
+
 def test_the_graph_prints_one_momentum_node_a_chain() -> None:
     names = [node.name for node in mfx.graph_of(mfx.momentumize(Net())).nodes]
     assert [name for name in names if name.startswith("momentum")] == ["momentum_0"]

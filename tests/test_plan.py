@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Part, net, prepared
+from graphs import Part, case, net, prepared
 from torch import nn
 
 from mfx import OptionError, Reason
-
-
-def case(meaning, forward, *expected, **parts):
-    return pytest.param(forward, *expected, parts, id=meaning)
 
 
 def planned(forward, parts=None, **options):
@@ -110,7 +106,17 @@ def test_what_all_states_share_is_no_tap():
         return x + self.g(x), torch.zeros(size, device=device)
 
     (chain,) = planned(forward).chains
-    assert chain.names == ("#0", "#1") and not chain.taps
+    assert chain.names == ("#0", "#1")
+    assert not chain.taps
+
+
+def test_a_side_made_from_the_size_of_a_state_does_not_break_the_chain():
+    def forward(self, x):
+        x = x + self.f(x)
+        mask = torch.ones(x.size(0), 1)
+        return x + self.g(x) * mask, mask
+
+    assert [len(chain.blocks) for chain in planned(forward).chains] == [2]
 
 
 def test_a_state_read_by_a_later_block_of_its_chain_is_a_side_of_that_block():
@@ -120,7 +126,8 @@ def test_a_state_read_by_a_later_block_of_its_chain_is_a_side_of_that_block():
         return second + self.h(second) * first
 
     (chain,) = planned(forward).chains
-    assert len(chain.blocks) == 3 and not chain.taps
+    assert len(chain.blocks) == 3
+    assert not chain.taps
     assert [side.name for side in chain.blocks[2].sides] == ["add"]
 
 
@@ -131,7 +138,8 @@ def test_an_escape_read_by_a_later_block_of_its_chain_does_not_break_the_chain()
         return x + self.h(x) * keys
 
     (chain,) = planned(forward).chains
-    assert len(chain.blocks) == 2 and [node.name for node in chain.escapes] == ["f"]
+    assert len(chain.blocks) == 2
+    assert [node.name for node in chain.escapes] == ["f"]
 
 
 def computed_from_a_state(self, x):
@@ -217,6 +225,29 @@ def test_a_block_that_would_change_an_order_is_kept(forward, node, parts):
     assert not plan.chains
     assert kept(plan) == [("#0", Reason.ORDER)]
     assert plan.rejections[0].node.name == node
+
+
+def test_the_write_of_a_block_that_is_kept_after_all_stands_in_the_way_of_others():
+    def forward(self, x, z):
+        m = self.g(x)
+        z = z + (self.f(z) + m)
+        z = z + self.h(z)
+        y = self.d(self.f(m * 0.5))
+        noise = torch.rand_like(y)
+        m += self.d(self.g(y))
+        return z + self.f(z), m, noise
+
+    plan = planned(forward, {"d": nn.Dropout()})
+    assert list(plan.names) == [("#0", "#1"), ("#3",)]
+    assert kept(plan) == [("#2", Reason.ORDER)]
+
+
+def test_of_chains_that_would_have_to_wait_for_each_other_one_is_split():
+    def forward(self, x, z):
+        x, z = x + self.f(x), z + self.g(z)
+        return x + self.f(x) * z, z + self.g(z) * x
+
+    assert sorted(planned(forward).names) == [("#0",), ("#1", "#3"), ("#2",)]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import warnings
 from dataclasses import replace
 
 import torch
-from helpers import assert_same, kept_bytes, run
-from hypothesis import given, note, reject
+from helpers import Result, assert_same, kept_bytes, run
+from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from strategies import Block, Model, Stage, blocks, build, gammas, inputs, models, set_mode
 from torch import nn
@@ -41,12 +41,12 @@ def momentumized(network: nn.Module, model: Model, **options) -> nn.Module:
     return mm
 
 
-def run_original(network: nn.Module, model: Model):
-    """The original's result; models that autograd refuses (an in-place write too many) are no examples."""
+def run_if_possible(network: nn.Module, model: Model) -> Result:
+    """The result; what autograd itself refuses (an in-place write too many) is no example."""
     try:
         return run(network, *inputs(model))
     except RuntimeError as error:
-        if "in-place" not in str(error) and "inplace" not in str(error):
+        if "modified by an inplace operation" not in str(error) and "used in an in-place" not in str(error):
             raise
         reject()
 
@@ -58,26 +58,29 @@ def test_gamma_0_is_the_original_model_in_both_modes_whichever_was_captured(mode
     for training in (model.training, not model.training):
         set_mode(network, model, training)
         set_mode(mm, model, training)
-        expected = run_original(network, model)
+        expected = run_if_possible(network, model)
         assert_same(run(mm, *inputs(model)), expected, 1e-10)
 
 
 @given(models(), gammas(), velocities)
 def test_reversible_gradients_are_those_of_the_stored_run(model, gamma, velocity):  # M2, M5, M6
     network = build(model)
-    run_original(network, model)
+    run_if_possible(network, model)
     try:
         reversible = momentumized(network, model, gamma=gamma, velocity=velocity)
     except mfx.OptionError:  # no block of that name
         reject()
     stored = momentumized(network, model, gamma=gamma, velocity=velocity, reversible=False)
-    assert_same(run(reversible, *inputs(model)), run(stored, *inputs(model)), 1e-9)
+    expected = run_if_possible(stored, model)
+    # A learned velocity asks for gradients in branches that the original may never have differentiated.
+    found = run_if_possible(reversible, model) if callable(velocity) else run(reversible, *inputs(model))
+    assert_same(found, expected, 1e-9)
 
 
 @given(models())
 def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
     network = build(model)
-    plain = run_original(network, model)
+    plain = run_if_possible(network, model)
     momentum = run(momentumized(network, model, gamma=0.7), *inputs(model))
     assert torch.equal(momentum.generator_state, plain.generator_state)
     counts = {name: count for name, count in plain.buffers.items() if name.endswith("num_batches_tracked")}
@@ -88,36 +91,39 @@ def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
 
 
 @given(models(), gammas())
-def test_the_rewritten_graph_has_one_momentum_node_a_chain_and_the_planned_blocks(model, gamma):
+def test_what_the_report_lists_is_rewritten_each_chain_into_one_node(model, gamma):
+    network = build(model)
     try:
-        mm = momentumized(build(model), model, gamma=gamma)
+        mm = momentumized(network, model, gamma=gamma)
     except mfx.OptionError:
         reject()
-    graph = mfx.graph_of(mm)
+    graph, chains = mfx.graph_of(mm), momentum_of(mm).chains
     graph.lint()
-    chains = momentum_of(mm).chains
-    names = [node.target.__name__ for node in graph.nodes if node.op == "call_function"]
-    assert [name for name in names if name.startswith("momentum_")] == [f"momentum_{i}" for i in range(len(chains))]
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.name.startswith("momentum_")]
+    assert [node.target.__name__ for node in nodes] == [f"momentum_{index}" for index in range(len(chains))]
+    report = mfx.report(network, inputs(model) if model.example else None, gamma=gamma)
+    assert sorted(report.rewritable) == sorted(name for chain in chains for name in chain)
 
 
-plain_blocks = blocks(0).filter(
-    lambda block: not (block.tap or block.returned or block.side or {"dropout", "dropout_in_place"} & {*block.layers, *block.tail})
-)
+def grows(block: Block) -> bool:
+    """Whether each block hands something out."""
+    return bool(block.tap or block.returned or block.side == "earlier state")
 
 
-@given(plain_blocks, st.booleans())
+@settings(max_examples=settings.default.max_examples // 5)
+@given(blocks(0).filter(lambda block: not grows(block)), st.booleans())
 def test_the_bytes_kept_do_not_grow_with_depth(block, training):  # M3
     kept = []
     for depth in (6, 96):
         model = Model((Stage((replace(block, again=False),) * depth),), training=training)
         network = build(model)
-        run_original(network, model)
+        run_if_possible(network, model)
         mm = momentumized(network, model, gamma=0.9)
-        assert len(momentum_of(mm).chains) == 1
+        assert [len(chain) for chain in momentum_of(mm).chains] == [depth]
         kept.append(kept_bytes(mm, *inputs(model)))
     assert kept[0] == kept[1]
 
 
 def test_the_simplest_model_is_one_block():
     model = Model((Stage((Block(),)),))
-    assert [names for names in momentum_of(mfx.momentumize(build(model))).chains] == [("stages.0.blocks.0",)]
+    assert momentum_of(mfx.momentumize(build(model))).chains == (("stages.0.blocks.0",),)

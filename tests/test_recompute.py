@@ -168,6 +168,45 @@ def test_a_weight_used_in_the_chain_and_outside_keeps_its_gradient_under_autocas
     assert relative_error(*results) < 2e-2
 
 
+SEEN: list[tuple[int, ...]] = []
+
+
+@torch.fx.wrap
+def note_strides(x: Tensor) -> Tensor:
+    SEEN.append(x.stride())
+    return x
+
+
+class Layout(Net):
+    """The chain starts with a value in the layout that ``lay`` gives."""
+
+    lay: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lay(self.stem(x))
+        for block in self.blocks:
+            x = x + block.down(block.up(note_strides(x)))
+        return self.head(x)
+
+
+LAYOUTS = {
+    "expanded": lambda x: x[:1].expand(5, -1),
+    "sliced": lambda x: x.repeat(1, 2)[:, ::2],
+    "transposed": lambda x: x.expand(6, 5, 6).transpose(0, 2).clone().transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_the_chains_input_is_put_back(layout: str) -> None:
+    model, x = Layout(p=0.0), rows()
+    model.lay = LAYOUTS[layout]
+    reversible, stored = pair(model)
+    expected = run(stored, x)
+    SEEN.clear()
+    assert_same(run(reversible, x), expected)
+    assert SEEN[:3] == SEEN[:2:-1]
+
+
 def test_channels_last_stays() -> None:
     model = ConvNet()
     seen = []
@@ -226,12 +265,13 @@ def test_without_gradients_each_branch_runs_once_with_two_states_alive() -> None
     assert len(calls) == 8
 
 
-def test_the_mode_that_counts_is_the_one_of_the_forward() -> None:
+@pytest.mark.parametrize(("make", "inputs"), [(Net, rows), (ConvNet, images)])
+def test_the_mode_that_counts_is_the_one_of_the_forward(make: Any, inputs: Any) -> None:
     def switch(model: nn.Module) -> None:
         model.eval()
         model.blocks[0].train()
 
-    assert_changes_nothing(ConvNet(), images(), switch)
+    assert_changes_nothing(make(), inputs(), switch)
 
 
 def test_the_gamma_that_counts_is_the_one_of_the_forward() -> None:
