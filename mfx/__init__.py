@@ -18,14 +18,17 @@ from mfx.errors import (
     Reason,
     ShapeError,
 )
+from mfx.inverse import Chain, chains
 from mfx.model import drift, graph_of, momentumize, set_gamma
 from mfx.report import Report, report
-from mfx.verify import Verification, verify
+from mfx.verify import ChainVerification, Verification, verify
 
 __all__ = [
     "Backend",
     "BackwardError",
     "CaptureError",
+    "Chain",
+    "ChainVerification",
     "CompileError",
     "CompiledStoredWarning",
     "DriftWarning",
@@ -42,6 +45,7 @@ __all__ = [
     "ShapeError",
     "Verification",
     "backend",
+    "chains",
     "drift",
     "graph_of",
     "momentumize",

@@ -109,10 +109,10 @@ class GammaSchedule:
         share = _SHAPES[self.shape](min(self.count / self.steps, 1.0))
         ends = zip(self._first, self._last, strict=True)
         values = {pattern: first + (last - first) * share for (pattern, first), (_, last) in ends}
-        return values[""] if "" in values else values
+        return values.get("", values)
 
 
 def _pairs(gamma: Any) -> tuple[tuple[str, float], ...]:
     """(pattern, gamma) pairs; one gamma for all has no pattern."""
     checked = check_gamma(gamma)
-    return (("", checked),) if isinstance(checked, float) else checked
+    return checked if isinstance(checked, tuple) else (("", checked),)

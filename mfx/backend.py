@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import fx
 
-from mfx.handed import prepare, refuse_parts
 from mfx.errors import InputTypeError, NothingRewrittenWarning, OptionError
+from mfx.handed import prepare, refuse_parts
 from mfx.lifted import Lifted, momentumize_graph
 from mfx.options import Gamma, Options, make_options
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mfx.momentum import StepSpec, advance, branch_of, retreat
-from mfx.precision import Schedule, first_quantum
+from mfx.precision import Schedule
 
 _EXPONENT = {torch.float64: (torch.int64, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7F800000)}
 _ROUNDER = {torch.float64: 1.5 * 2.0**52, torch.float32: 1.5 * 2.0**23}
@@ -142,11 +142,10 @@ class _Place:
 def _places(gammas: tuple[float, ...], plan: Schedule) -> tuple[_Place, ...]:
     starts = plan.starts()
     places: list[_Place] = []
-    for start, end in zip(starts, [*starts[1:], len(gammas)], strict=True):
+    for start, end, quantum in zip(starts, [*starts[1:], len(gammas)], plan.quanta, strict=True):
         products = [1.0]
         for gamma in gammas[start + 1 : end]:
             products.append(products[-1] * gamma)
-        quantum = first_quantum(products[-1], plan.state_dtype)
         places += [_Place(start, product, quantum, end - start == 1) for product in products]
     return tuple(places)
 

@@ -29,7 +29,8 @@ from mfx.errors import CompileError, PlanChangedError
 from mfx.handed import kind_of, note_shape
 from mfx.lifted import mark, momentumize_graph
 from mfx.options import Options
-from mfx.rewrite import Velocity, join, part
+from mfx.region import join, part
+from mfx.rewrite import Velocity
 
 _REGION = "mfx_region"
 _REGIONS = "_mfx_regions"
@@ -84,10 +85,10 @@ def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], ar
 
     if momentum.token == "":
         return None
+    comptime(_enter)
     before = torch.backends.mha._is_fastpath_enabled
     # In inference attention's fast path would swallow whole layers, adds and all.
     torch.backends.mha._is_fastpath_enabled = False
-    comptime(_enter)
     if hasattr(root, ADDED):
         for module in getattr(root, ADDED).values():
             for parameter in module.parameters():
@@ -150,7 +151,7 @@ def _leave(context: Any) -> None:
     output = _output(context)
     regions = output.__dict__.get(_REGIONS)
     if regions is None or regions.open is None:
-        raise _broken(type(_local(context, "root")).__name__)
+        raise _broken("a model")
     region, regions.open = regions.open, None
     number = len(regions.closed)
     regions.closed.append(region)
@@ -199,7 +200,9 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
     if region.momentum.options.shapes:
         for node in inner.graph.nodes:
             note_shape(node)
-    new = momentumize_graph(inner, region.momentum.options, _velocities(region.root, [inputs[node] for node in velocities]))
+    new = momentumize_graph(
+        inner, region.momentum.options, _velocities(region.root, [inputs[node] for node in velocities])
+    )
     expected = region.momentum.chains
     if expected is not None and new.plan.names != expected:
         raise PlanChangedError(

@@ -8,7 +8,8 @@ Every operation is plain arithmetic on int64, in which no product overflows, so 
 give the same bits.
 
 A compiler that sees forward and backward compute the same bits would do so once and keep them in between.  So the
-recomputation writes the same numbers in another way: the seed as a twin with some bits turned, turned back, indices counted from 1.
+recomputation writes the same numbers in another way: the seed as its twin (some bits turned) turned back, indices
+counted from 1.
 
 Source: the hash is "lowbias32" of C. Wellons' hash-prospector (constants 21f0aaad and d35a2d97); the idea of
 counter-based generators is Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.

@@ -10,7 +10,8 @@ One pass over the nodes, in order:
    sets after the last add that reads it, so on a chain of blocks the sets stay small and the pass linear.
 4. ``memory`` names, for each node, the node whose memory it may share (views, in-place results).
 5. ``resources`` lists what a node shares with others in a way that fixes their order: the random
-   generator, memory that somebody writes to, a module with state that is called more than once.
+   generator, a mode (autocast, gradients) that the graph switches, memory that somebody writes to, a module with
+   state that is called more than once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mfx import operations
 from mfx.operations import Add
 
 GENERATOR = "random generator"
+AMBIENT = "ambient mode"
 SHAPE = "mfx_shape"
 """node.meta key: the shape of the node's value, where shapes are known."""
 DTYPE = "mfx_dtype"
@@ -204,12 +206,15 @@ def _resources(
 ) -> dict[fx.Node, frozenset[object]]:
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     resources: dict[fx.Node, frozenset[object]] = {}
+    switched = _switched(nodes)
     for node in nodes:
         if operations.is_query(node):
             continue
-        held: set[object] = {memory[source] for source in node.all_input_nodes} & writers.keys()
+        held: set[object] = {memory[source] for source in node.all_input_nodes if memory[source] in writers}
         if operations.is_random(node, root):
             held.add(GENERATOR)
+        if node in switched:
+            held.add(AMBIENT)
         if node.op == "call_module" and calls[node.target] > 1:
             module = root.get_submodule(str(node.target))
             if next(module.buffers(), None) is not None:
@@ -217,3 +222,21 @@ def _resources(
         if held:
             resources[node] = frozenset(held)
     return resources
+
+
+def _switched(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """The nodes that run under another autocast state, grad mode or the like than the graph's end, and the switches."""
+    switches = [node for node in nodes if operations.is_ambient(node)]
+    settled = {operations.name_of(node): node.args for node in switches}
+    now = dict[str, object]()
+    depth, inside = 0, set(switches)
+    for node in nodes:
+        if node in inside:
+            name = operations.name_of(node)
+            depth += name.startswith("_enter_") or name.endswith("_increment_nesting")
+            depth -= name.startswith("_exit_") or name.endswith("_decrement_nesting")
+            if name.startswith("_set_"):
+                now[name] = node.args
+        elif depth or any(settled[name] != value for name, value in now.items()):
+            inside.add(node)
+    return inside

@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import guards
 
 from mfx.capture import drop_dead
-from mfx.handed import note_shape
 from mfx.dataflow import LIFTED, get_attribute
 from mfx.errors import CaptureError
+from mfx.handed import note_shape
 from mfx.lifted import mark
 from mfx.tracer import SCOPE, Constant
 from mfx.versions import source_name
@@ -147,7 +148,7 @@ def _mark(gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any) -> dict[
     owned = {id(tensor): ("buffer", path) for path, tensor in reversed(list(root.named_buffers()))}
     owned.update({id(tensor): ("parameter", path) for path, tensor in reversed(list(root.named_parameters()))})
     known = output.graph_capture_output.output_graph.export_metadata.graph_input_idx_to_local_source
-    scope = {**torch._dynamo.guards._get_closure_vars(), "L": frame.locals, "G": frame.globals}
+    scope = {**guards._get_closure_vars(), "L": frame.locals, "G": frame.globals}
     kinds: dict[fx.Node, tuple[str, str]] = {}
     lifted: dict[fx.Node, str] = {}
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):

@@ -36,6 +36,7 @@ from mfx.errors import (
     PlanChangedError,
 )
 from mfx.find import Found, find
+from mfx.momentum import ChainSpec
 from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, check_patterns, make_options
 from mfx.plan import Plan, plan
 from mfx.rewrite import Rewritten, rewrite, with_gammas
@@ -400,6 +401,11 @@ def drift(mm: nn.Module) -> dict[str, float]:
     return found
 
 
+def specs_of(mm: nn.Module) -> tuple[ChainSpec, ...]:
+    """The chains of a momentumized model's latest capture, as they run."""
+    return _latest(mm).rewritten.chains
+
+
 def graph_of(mm: nn.Module) -> fx.Graph:
     """The rewritten graph of a momentumized model's latest capture, for printing.
 
@@ -409,10 +415,14 @@ def graph_of(mm: nn.Module) -> fx.Graph:
         >>> [n.name for n in mfx.graph_of(mm).nodes if n.name.startswith("momentum")][:1]
         ['momentum_0']
     """
+    return _latest(mm).rewritten.graph
+
+
+def _latest(mm: nn.Module) -> Entry:
     entries = [entry for found in momentum_of(mm).entries.values() for entry in found]
     if not entries:
         raise MfxError("the model has no captured graph yet: run it once")
-    return entries[-1].rewritten.graph
+    return entries[-1]
 
 
 def _warn_if_nothing(entry: Entry, name: str) -> None:
@@ -463,4 +473,4 @@ def _momentum_class(original: type[nn.Module]) -> type[Any]:
 def _rebuild(original: type[nn.Module]) -> nn.Module:
     """An empty momentumized model, for unpickling."""
     created = _momentum_class(original)
-    return created.__new__(created)
+    return nn.Module.__new__(created)

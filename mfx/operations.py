@@ -216,9 +216,10 @@ def moves_statistics(node: fx.Node) -> bool:
 
 
 def is_ambient(node: fx.Node) -> bool:
-    """Whether the node switches what all after it run under: autocast, the grad mode and the like."""
+    """Whether the node switches what all after it run under: autocast, the grad mode, torch.func and the like."""
     name = name_of(node) if node.op == "call_function" else ""
-    return name.startswith(("_enter_", "_exit_", "_set_")) and _known(node)
+    switch = name.startswith(("_enter_", "_exit_", "_set_")) or name.endswith("crement_nesting")
+    return (switch or name == "lazy_load_decompositions") and _known(node)
 
 
 def is_random(node: fx.Node, root: nn.Module) -> bool:
@@ -234,6 +235,17 @@ def is_random(node: fx.Node, root: nn.Module) -> bool:
     if name in _RANDOM or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return node.op == "call_function" and not _known(node)
+
+
+def draws_nothing(node: fx.Node) -> bool:
+    """Whether a random operation is switched off by what its call says: evaluation mode, or a probability of 0."""
+    if node.op != "call_function":
+        return False
+    name = name_of(node)
+    if name == "multi_head_attention_forward":
+        return node.kwargs.get("training") is False
+    switch = argument(node, 2, "training", node.kwargs.get("train"))
+    return name in _DROPOUTS and (argument(node, 1, "p", 0.5) == 0 or switch is False)
 
 
 def sees_grad_mode(node: fx.Node, root: nn.Module) -> bool:

@@ -49,7 +49,7 @@ class Options:
 
     def gamma_of(self, name: str) -> float | None:
         """The gamma of a block: the first pattern that matches; None where none does."""
-        if isinstance(self.gamma, float):
+        if not isinstance(self.gamma, tuple):
             return self.gamma
         return next((value for pattern, value in self.gamma if fnmatchcase(name, pattern)), None)
 
@@ -137,8 +137,9 @@ def _is_real(value: Any) -> bool:
 def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
     if patterns is None:
         return ()
-    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    listed = tuple(patterns) if several else (patterns,)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = (patterns,)
+    listed = tuple(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
             raise InputTypeError(f"{argument} takes fnmatch patterns (str), not {type(pattern).__name__} ({pattern!r})")

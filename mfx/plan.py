@@ -23,7 +23,7 @@ from torch import fx
 
 from mfx import operations
 from mfx.block import Block, Rejection
-from mfx.dataflow import DTYPE, Dataflow
+from mfx.dataflow import AMBIENT, DTYPE, Dataflow
 from mfx.errors import Reason
 from mfx.find import Found
 from mfx.options import Options, check_patterns
@@ -77,9 +77,7 @@ class Chain:
         """The chain with the gammas that ``options`` give its blocks."""
         return replace(self, gammas=_gammas(self.blocks, options))
 
-    def schedule(
-        self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True
-    ) -> Schedule:
+    def schedule(self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True) -> Schedule:
         """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.precision.schedule`."""
         return schedule(self.gammas, dtype, self.state_dtype, self.tolerance, compute, same_branches)
 
@@ -187,7 +185,10 @@ def _runs(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> l
     """Chains of blocks, each as long as nothing in between stands in the way."""
     open_runs: dict[fx.Node, _Run] = {}
     finished: list[_Run] = []
-    ignored = {(flow.memory[b.add], node) for b in blocks if b.written for node in b.tail or (b.add,)}
+    written = [block for block in blocks if block.written]
+    ignored: set[tuple[object, fx.Node]] = {
+        (flow.memory[block.add], node) for block in written for node in block.tail or (block.add,)
+    }
     for block in blocks:
         run = open_runs.pop(block.skip, None)
         if run is None or run.obstacle(block) is not None:
@@ -219,7 +220,7 @@ class _Run:
         self.members: set[fx.Node] = set()
         self.late: set[fx.Node] = set()
         self.phases: dict[object, int] = {}
-        self.started = False
+        self.inside: bool | None = None
         self.ignored = ignored
 
     def obstacle(self, block: Block) -> fx.Node | None:
@@ -230,15 +231,23 @@ class _Run:
             phase = self._phase(node)
             if phase == 2:
                 self.late.add(node)
-            if operations.is_ambient(node) and self.started:
+            if phase == 1 and self._switches(node):
                 return node
-            self.started = self.started or phase == 1
             for resource in self._resources(node):
                 if phase < self.phases.get(resource, 0):
                     return node
                 self.phases[resource] = phase
         self.scanned = end
         return next((side for side in block.sides if side in self.late), None)
+
+    def _switches(self, node: fx.Node) -> bool:
+        """Whether a member runs under another mode than the members before it."""
+        if node.op == "get_attr" or operations.is_query(node):
+            return False
+        inside = AMBIENT in self.flow.resources.get(node, ())
+        switches = self.inside is not None and self.inside != inside
+        self.inside = inside
+        return switches
 
     def _phase(self, node: fx.Node) -> int:
         if node in self.members:

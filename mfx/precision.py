@@ -3,7 +3,7 @@
 Backward, a step first takes ``x <- x - v`` and then ``v <- (v - (1 - gamma) F(x)) / gamma``.  What goes wrong on
 the way, with u the unit roundoff of the state's dtype and e = (e_x, e_v) the error of the state:
 
-*Floating arithmetic.*  Each step adds an error of size u, and carries the one it finds over to
+*Floating arithmetic.*  Each step adds an error of size 4 u (four roundings), and carries the one it finds over to
 
     e_x <- e_x - e_v,    e_v <- (e_v - (1 - gamma) J e_x) / gamma,    J the Jacobian of F.
 
@@ -11,10 +11,10 @@ For ``|J| <= L`` the largest eigenvalue of this map is the *growth* of a step,
 
     g(gamma) = (t + sqrt(t^2 - 4 / gamma)) / 2,    t = 1 + (1 + (1 - gamma) L) / gamma,
 
-which is 1 / gamma for L = 0 (the division alone).  After reversing a run of steps the error is ``u * prod(g)``.
+which is 1 / gamma for L = 0 (the division alone).  After reversing a run of steps the error is ``4 u prod(g)``.
 L is :data:`BRANCH_GAIN` = 1: measured in float32, stacks with normalization, or without it in PyTorch's default
 initialization, behave as L = 0, and ReLU stacks in Kaiming initialization without any normalization, whose x grows
-exponentially, as L = 1 (an error of 1e-4 after 19, 10, 6 steps at gamma 0.9, 0.7, 0.5; the rule says 19, 9, 6).
+exponentially, as L = 1 (an error of 1e-4 after 19, 10, 6 steps at gamma 0.9, 0.7, 0.5; the rule says 15, 7, 4).
 
 *A finer state alone does not help as much as it seems.*  A branch that computes in float32 sees x rounded to
 float32.  If x is off by e, a share e / u of its elements rounds to the neighbour, u away; the root mean square
@@ -25,13 +25,13 @@ Small tensors do not show it (no element happens to flip), large ones always do.
 backward (:mod:`mfx.carry`): x as multiples of a power of two, and v as whole numbers w of quanta that shrink with
 the steps, ``v_k = w_k q0 gamma^k``.  Then ``w <- w + round((1 - gamma) F / (q0 gamma^k))`` and ``x <- x + round(v)``
 are undone bit for bit, and the branch sees the same bits.  The price is that a run of steps needs
-log2(1 / prod(gamma)) of the state's bits; the rest, less :data:`HEADROOM` bits for velocities larger than x_0, is
-the precision of the first quantum q0.  The rounding of step k shifts x_N by its quantum / sqrt(12) times what the
+log2(1 / prod(gamma)) of the state's bits; the rest, less some bits for velocities larger than x_0, is the precision
+of the first quantum q0.  The rounding of step k shifts x_N by its quantum / sqrt(12) times what the
 velocity sums to after it, so the forward's *rounding* relative to the largest ``|x_0|`` of the run is
 
     q0 / sqrt(12) * sqrt(sum_k (P_k + ... + P_N)^2),    P_k = gamma_1 ... gamma_k,
 
-and that of x's own grid, sqrt(N / 12) quanta.  It may take up a share (:data:`ROUNDING`) of the tolerance.
+and that of x's own grid, sqrt(N / 12) quanta.  It may take up a share of the tolerance (:data:`MARGINS`).
 
 The plan, for a chain of N steps, a dtype and a tolerance:
 
@@ -50,43 +50,53 @@ roundoff.
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2 (exact reversal with finite precision); Maclaurin
 et al., "Gradient-based Hyperparameter Optimization through Reversible Learning", arXiv 1502.03492, section 2.
 Known limits: L is not known of a model, so a chain whose branches amplify more than that drifts more: the drift
-detector says so.  Exact arithmetic assumes ``|v| < 4 |x_0|`` and, in float64 over float32, ``|x| < 2^19 |x_0|``
-(largest elements, within a run; 2^9 in float64 over
-float64, 2^7 in float32 over the half precisions); beyond, single elements fall back to floating arithmetic.
+detector says so.  Exact arithmetic wants |v| below 32 times the largest |x_0| of its run (4 times for the longest
+runs, and in float64 over float64) and |x| below 2^19 times (2^9 in float64 over float64, 2^7 in float32 over the half
+precisions): beyond, single elements fall back to floating arithmetic, which again the detector sees.  Only networks
+whose activations grow from block to block by orders of magnitude get there.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 BRANCH_GAIN = 1.0
 """L: by how much the branches are taken to amplify an error of x."""
 
-HEADROOM = 2
-"""Bits left for velocities larger than the largest element of x_0."""
+MARGINS = {
+    torch.float64: ((1.0, 2, True),),
+    torch.float32: ((1 / 300, 5, True), (1 / 10, 2, False)),
+    torch.bfloat16: ((1 / 40, 2, True),),
+    torch.float16: ((1 / 40, 2, True),),
+}
+"""For exact arithmetic, by the branches' dtype: the share of the tolerance that the forward's rounding may take up,
+the bits left at least for velocities larger than x_0, and whether snapshots are taken (a chain that can do without
+any may have less of both)."""
 
-ROUNDING = {torch.float32: 1 / 10, torch.bfloat16: 1 / 40, torch.float16: 1 / 40}
-"""The share of the tolerance that the forward's rounding may take up, by the branches' dtype (float64: all)."""
+_ROUNDINGS = 4
+"""What a step does to the state: a product, two sums, a difference or quotient."""
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 _ONE_UP = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-_FINEST = {torch.float64: (44, 48), torch.float32: (17, 20)}
-"""x's and v's quanta are never finer than 2 to the minus this, relative to x_0: what is left is headroom."""
+_FINEST = {torch.float64: 44, torch.float32: 17}
+"""x's quantum is never finer than 2 to the minus this, relative to x_0: what is left is headroom."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """``state_dtype`` of (x, v), and the steps before which the state is kept.
 
-    ``snapshots`` are step indices; at step i the kept state is x_i, and v_i too where step i - 1 has to be
-    reversed from it.  ``tolerance`` is the relative error allowed, ``grid`` is x's quantum relative to the largest element of the run's first x, 0 in floating
-    arithmetic.  ``drift`` is the error that reversing may make by the model of this module (0: bit for bit),
-    ``rounding`` how far exact arithmetic may move the forward's x, both relative.
+    ``snapshots`` are step indices; at step i the kept state is x_i, and v_i too where step i - 1 has to be reversed
+    from it.  ``tolerance`` is the relative error allowed, ``grid`` x's quantum relative to the largest element of the
+    run's first x (0 in floating arithmetic), and ``quanta`` are v's first ones, for each run.  ``drift`` is the error
+    that reversing may make by the model of this module (0: bit for bit), ``rounding`` how far exact arithmetic may
+    move the forward's x, both relative.
 
     >>> schedule((0.9,) * 100, torch.float32).state_count(100)
     2
@@ -96,6 +106,7 @@ class Schedule:
     snapshots: tuple[int, ...]
     tolerance: float = 1e-4
     grid: float = 0.0
+    quanta: tuple[float, ...] = ()
     drift: float = 0.0
     rounding: float = 0.0
 
@@ -120,13 +131,13 @@ class Schedule:
     def interval(self, steps: int) -> int:
         """The most steps between two kept states (``steps`` where only the end is kept)."""
         ends = [0, *self.snapshots, steps]
-        return max(after - before for before, after in zip(ends, ends[1:], strict=False))
+        return max(after - before for before, after in itertools.pairwise(ends))
 
     def note(self, steps: int) -> str:
         """The schedule of a chain of ``steps`` in words.
 
         >>> schedule((0.9,) * 300, torch.float32).note(300)
-        'state in float64, exact, at most 224 steps to a snapshot (1 kept)'
+        'state in float64, exact, at most 152 steps to a snapshot (1 kept)'
         """
         dtype = str(self.state_dtype).removeprefix("torch.")
         if len(self.snapshots) == steps:
@@ -161,6 +172,11 @@ def growth(gamma: float, gain: float = BRANCH_GAIN) -> float:
     return (trace + math.sqrt(trace * trace - 4 / gamma)) / 2
 
 
+def floating_error(gammas: Iterable[float], roundoff: float) -> float:
+    """The relative error after dividing by each of ``gammas`` in floating arithmetic."""
+    return math.prod((growth(gamma) for gamma in gammas), start=_ROUNDINGS * roundoff)
+
+
 @functools.lru_cache(maxsize=1024)
 def schedule(
     gammas: tuple[float, ...],
@@ -183,8 +199,8 @@ def schedule(
     Returns:
         A :class:`Schedule`.
 
-    >>> schedule((0.5,) * 8, torch.float32, "auto", 1e-2)
-    Schedule(state_dtype=torch.float32, snapshots=(), tolerance=0.01, grid=0.0, drift=0.000322..., rounding=0.0)
+    >>> schedule((0.5,) * 8, torch.float32, "auto", 1e-2).note(8)
+    'state in float32, drift up to 1e-03, no snapshots'
     >>> schedule((0.5,) * 30, torch.float32).state_dtype
     torch.float64
     >>> schedule((0.0,) * 4, torch.float32).snapshots
@@ -211,43 +227,59 @@ def _candidates(
         if not (finer and same_branches):
             yield _floating(gammas, state, max(_roundoff(state), _roundoff(compute)), allowed)
         if same_branches and (finer or state == torch.float64) and state in _FINEST:
-            yield _exact(gammas, state, allowed, ROUNDING.get(compute, 1.0))
+            for share, headroom, snapshots in MARGINS[compute]:
+                found = _exact(gammas, state, allowed, _Margin(share * allowed, headroom))
+                if snapshots or not found.snapshots:
+                    yield found
 
 
 def _floating(gammas: tuple[float, ...], state: torch.dtype, roundoff: float, allowed: float) -> Schedule:
     """A snapshot wherever the next division would take the error over the tolerance."""
-    snapshots, error, worst = [], roundoff, 0.0
+    start = floating_error((), roundoff)
+    snapshots, error, worst = [], start, 0.0
     for step, gamma in enumerate(gammas[1:], 1):
         longer = error * growth(gamma)
         if longer > allowed:
             snapshots.append(step)
-            error = roundoff
+            error = start
         else:
             error = longer
             worst = max(worst, error)
     return Schedule(state, _with_first(snapshots), allowed, drift=worst)
 
 
-def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float, share: float) -> Schedule:
+def _exact(gammas: tuple[float, ...], state: torch.dtype, allowed: float, margin: _Margin) -> Schedule:
     """A snapshot wherever the next division would leave the quanta too few bits."""
-    grid = 2.0 ** -min(_FINEST[state][0], math.ceil(-math.log2(allowed)) + 20)
-    snapshots, run, worst = [], _Run(state, grid), 0.0
+    grid = 2.0 ** -min(_FINEST[state], math.ceil(-math.log2(allowed)) + 20)
+    fresh = _Run(_digits(state), grid, margin)
+    snapshots, runs = [], [fresh]
     for step, gamma in enumerate(gammas[1:], 1):
-        longer = run.after(gamma)
-        if gamma == 0 or longer.rounding > share * allowed:
+        longer = runs[-1].after(gamma)
+        if gamma == 0 or longer.rounding > margin.rounding:
             snapshots.append(step)
-            longer = _Run(state, grid)
-        run = longer
-        worst = max(worst, run.rounding)
-    return Schedule(state, _with_first(snapshots), allowed, grid, rounding=worst)
+            runs.append(fresh)
+        else:
+            runs[-1] = longer
+    quanta = tuple(run.quantum for run in runs)
+    worst = max(run.rounding if run.steps > 1 else 0.0 for run in runs)
+    return Schedule(state, _with_first(snapshots), allowed, grid, quanta, rounding=worst)
+
+
+@dataclass(frozen=True)
+class _Margin:
+    """What exact arithmetic has to keep to: the forward's rounding, and bits for large velocities."""
+
+    rounding: float
+    headroom: int
 
 
 @dataclass(frozen=True)
 class _Run:
     """A run of steps in exact arithmetic: the sums of P_k (see the module) that its rounding takes."""
 
-    state: torch.dtype
+    digits: int
     grid: float
+    margin: _Margin
     product: float = 1.0
     steps: int = 1
     total: float = 1.0
@@ -256,22 +288,32 @@ class _Run:
 
     def after(self, gamma: float) -> _Run:
         """The run with one step more."""
-        product = self.product * gamma
-        sums, squares = self.sums + self.total, self.squares + self.total**2
-        return _Run(self.state, self.grid, product, self.steps + 1, self.total + product, sums, squares)
+        return replace(
+            self,
+            product=self.product * gamma,
+            steps=self.steps + 1,
+            total=self.total + self.product * gamma,
+            sums=self.sums + self.total,
+            squares=self.squares + self.total**2,
+        )
+
+    @property
+    def quantum(self) -> float:
+        """q0, relative to the largest element of the first x: a quarter of what is allowed, if the bits suffice."""
+        bits = self.digits - self.margin.headroom
+        bits -= math.ceil(-math.log2(self.product)) if self.product > 0 else 1000
+        return 2.0 ** -min(bits, math.ceil(math.log2(4 * self._shift / self.margin.rounding)))
 
     @property
     def rounding(self) -> float:
         """How far the run may move x, relative to the largest element of its first x."""
-        tails = max(self.steps * self.total**2 - 2 * self.total * self.sums + self.squares, 0.0)
-        quantum = first_quantum(self.product, self.state)
-        return math.sqrt((tails * quantum**2 + self.steps * self.grid**2) / 12)
+        return math.hypot(self._shift * self.quantum, self.grid * math.sqrt(self.steps / 12))
 
-
-def first_quantum(product: float, state: torch.dtype) -> float:
-    """q0 of a run whose gammas multiply to ``product``, relative to the largest element of its first x."""
-    bits = _digits(state) - HEADROOM - math.ceil(-math.log2(product)) if product > 0 else -1000
-    return 2.0 ** -min(bits, _FINEST[state][1])
+    @property
+    def _shift(self) -> float:
+        """By how many q0 the rounding of w moves x."""
+        tails = self.steps * self.total**2 - 2 * self.total * self.sums + self.squares
+        return math.sqrt(max(tails, 1.0) / 12)
 
 
 def _with_first(snapshots: list[int]) -> tuple[int, ...]:

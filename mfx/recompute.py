@@ -58,6 +58,13 @@ class Autocast:
             yield
 
 
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype that autocast, if in force, has branches on inputs of ``dtype`` compute in; it spares float64."""
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts and dtype != torch.float64 else None
+
+
 @dataclass
 class Conditions:
     """The conditions under which one branch ran: what :meth:`restored` brings back."""

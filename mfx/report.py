@@ -23,6 +23,7 @@ from mfx.dataflow import SHAPE
 from mfx.model import Entry, Momentum, check_model
 from mfx.options import Gamma, Patterns, make_options
 from mfx.plan import Chain
+from mfx.recompute import autocast_dtype
 from mfx.shapes import DTYPE, Fake, propagate_shapes
 
 
@@ -48,8 +49,10 @@ class Row:
 class ChainRow:
     """One chain: its blocks, their gammas, and, with example inputs, what its state costs.
 
-    ``snapshots`` are the steps before which the state is kept; ``activation_bytes`` is what the original blocks
-    keep for backward, ``state_bytes`` what the chain keeps in their place.
+    ``snapshots`` are the steps before which the state is kept, ``interval`` the most steps between two kept states;
+    ``activation_bytes`` is what the original blocks keep for backward, ``state_bytes`` what the chain keeps in their
+    place.  ``drift`` is the relative error that reversing may make by the model of :mod:`mfx.precision` (0: bit for
+    bit), ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     """
 
     index: int
@@ -59,6 +62,17 @@ class ChainRow:
     snapshots: tuple[int, ...] | None = None
     activation_bytes: int | None = None
     state_bytes: int | None = None
+    interval: int | None = None
+    drift: float | None = None
+    rounding: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def break_even(self) -> int | None:
+        """From how many blocks like these on a chain with as many states keeps less than the original."""
+        if not self.activation_bytes or self.state_bytes is None:
+            return None
+        return self.state_bytes * len(self.blocks) // self.activation_bytes + 1
 
     @property
     def pays(self) -> bool | None:
@@ -100,7 +114,7 @@ class Report:
         return {
             "model": self.model,
             "blocks": [_jsonable(asdict(row)) for row in self.blocks],
-            "chains": [_jsonable(asdict(row)) for row in self.chains],
+            "chains": [{**_jsonable(asdict(row)), "break_even": row.break_even} for row in self.chains],
             "memory": None if self.memory is None else asdict(self.memory),
         }
 
@@ -245,8 +259,9 @@ def _chain_row(chain: Chain, entry: Entry) -> ChainRow:
     dtype: torch.dtype | None = chain.input.meta.get(DTYPE)
     if dtype is None or not entry.sizes:
         return ChainRow(chain.index, chain.names, chain.gammas)
-    schedule = chain.schedule(dtype)
-    states = schedule.state_count(len(chain.blocks))
+    device = next((parameter.device for parameter in entry.found.flow.root.parameters()), torch.device("cpu"))
+    schedule = chain.schedule(dtype, autocast_dtype(device, dtype))
+    steps = len(chain.blocks)
     return ChainRow(
         chain.index,
         chain.names,
@@ -254,7 +269,11 @@ def _chain_row(chain: Chain, entry: Entry) -> ChainRow:
         str(schedule.state_dtype).removeprefix("torch."),
         schedule.snapshots,
         sum(_activation_bytes(block, entry) or 0 for block in chain.blocks),
-        states * math.prod(chain.input.meta[SHAPE]) * schedule.state_dtype.itemsize,
+        schedule.bytes_an_element(steps) * math.prod(chain.input.meta[SHAPE]),
+        schedule.interval(steps),
+        schedule.drift,
+        schedule.rounding,
+        schedule.tolerance,
     )
 
 
@@ -292,12 +311,16 @@ def _cells(row: Row) -> dict[str, object]:
 def _chain_lines(chain: ChainRow) -> Iterator[str]:
     if chain.state_bytes is None or chain.activation_bytes is None or chain.snapshots is None:
         return
-    snapshots = f", {len(chain.snapshots)} snapshots" if chain.snapshots else ""
+    snapshots = f", {len(chain.snapshots)} snapshots, {chain.interval} steps apart at most" if chain.snapshots else ""
+    drift = f"drift up to {chain.drift:.0e}" if chain.drift else "no drift"
     line = (
         f"chain {chain.index}: {len(chain.blocks)} blocks keep {format_bytes(chain.activation_bytes)}, as momentum "
-        f"{format_bytes(chain.state_bytes)} (state in {chain.state_dtype}{snapshots})"
+        f"{format_bytes(chain.state_bytes)} (state in {chain.state_dtype}{snapshots}, {drift})"
     )
-    yield line if chain.pays else f"{line}; it does not pay: exclude its blocks to save time"
+    if chain.pays:
+        yield line
+    else:
+        yield f"{line}; it does not pay before {chain.break_even} such blocks: exclude them to save time"
 
 
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:

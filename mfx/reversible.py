@@ -35,7 +35,15 @@ from mfx.errors import BackwardError, InputTypeError
 from mfx.momentum import ChainSpec, Inner, StepSpec, stored
 from mfx.precision import Schedule
 from mfx.random import counted
-from mfx.recompute import Autocast, Conditions, is_recording, is_symbolic, parameters_as_operands, submodule
+from mfx.recompute import (
+    Autocast,
+    Conditions,
+    autocast_dtype,
+    is_recording,
+    is_symbolic,
+    parameters_as_operands,
+    submodule,
+)
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 
@@ -68,11 +76,8 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
             f"numbers. Keep its blocks as they are with exclude={chain.steps[0].name!r} ..., or split the values into "
             "real and imaginary part (torch.view_as_real)"
         )
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    compute = torch.get_autocast_dtype(kind) if casts and x.dtype != torch.float64 else None
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return chain.schedule(dtype, compute, not _compiling(x))
+    return chain.schedule(dtype, autocast_dtype(x.device, dtype), not _compiling(x))
 
 
 def _compiling(x: Tensor) -> bool:
@@ -114,20 +119,21 @@ def _reversible(
     return Close.apply(tape, x, v, *inner.handed_out())  # type: ignore[return-value]
 
 
-_observers: list[Observer] = []
+_observers: list[tuple[Observer, Callable[[str, Schedule], None]]] = []
 
 
 @contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer, begin: Callable[[str, Schedule], None] = lambda chain, plan: None) -> Iterator[None]:
     """Tell ``observer(chain, i, x_i, v_i)`` each state of the reversible chains that start in this context.
 
-    Forward the states 0 to N are told; backward the states N - 1 to 0 as they are reconstructed.
+    Forward ``begin(chain, plan)`` is told, then the states 0 to N; backward the states N - 1 to 0 as they are
+    reconstructed.
     """
-    _observers.append(observer)
+    _observers.append((observer, begin))
     try:
         yield
     finally:
-        _observers.remove(observer)
+        _observers.remove((observer, begin))
 
 
 class Tape:
@@ -151,7 +157,9 @@ class Tape:
         self.size: Tensor | None = None
         self.drifts: list[Tensor] = []
         self.position = -1
-        self.observer = _observers[-1] if _observers else None
+        self.observer = _observers[-1][0] if _observers else None
+        if _observers:
+            _observers[-1][1](chain.name, plan)
         self.seed: Seed | None = None
         self.twin: Tensor | None = None
         self.symbolic = False
@@ -255,7 +263,7 @@ class Step(torch.autograd.Function):
         sides = operands[: len(step.sides)]
         seen = [x, *compress(sides, to_save)]
         versions = [] if tape.symbolic else [tensor._version for tensor in seen]
-        ctx.conditions = _conditions(step, tape.root, x)
+        ctx.conditions = conditions_of(step, tape.root, x)
         ctx.owners = [[(submodule(tape.root, path), name) for path, name in names] for names in step.parameters]
         ctx.pointers = [_pointer(operand) for operand in operands[len(step.sides) :]]
         with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step), tape.draws(index, again=False):
@@ -273,7 +281,8 @@ class Step(torch.autograd.Function):
         return (x, v, *extra)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor | None, grad_v: Tensor | None, *grad_extra: Tensor | None) -> Any:
+    def backward(ctx: Any, *grads_out: Tensor | None) -> Any:
+        grad_x, grad_v, *grad_extra = grads_out
         _refuse_double_backward(ctx.tape)
         tape, index = ctx.tape, ctx.index
         step: StepSpec = tape.chain.steps[index]
@@ -326,7 +335,12 @@ def _recompute(
     with conditions.restored(), parameters_as_operands(ctx.owners, operands[len(step.sides) :]) as parameters:
         sides = [_leaf(side) for side in operands[: len(step.sides)]]
         x = x.detach().requires_grad_(wanted[0])
-        with torch.set_grad_enabled(differentiate), tape.autocast(), conditions.rewound(), tape.draws(ctx.index, again=True):
+        with (
+            torch.set_grad_enabled(differentiate),
+            tape.autocast(),
+            conditions.rewound(),
+            tape.draws(ctx.index, again=True),
+        ):
             value, *extra = step.again(tape.root, x.to(tape.dtypes[ctx.index]), *sides)
         leaves = [x, *sides, *parameters]
         if not differentiate:
@@ -376,7 +390,8 @@ class Close(torch.autograd.Function):
         tape.state = (next(saved), next(saved)) if tape.inverts_last else None
         tape.start = next(saved) if ctx.starts else None
         tape.drifts = []
-        tape.end = _size(tape.carry.velocity(len(tape.chain.steps), tape.state[1])) if tape.inverts_last else None
+        end = tape.state
+        tape.end = None if end is None else _size(tape.carry.velocity(len(tape.chain.steps), end[1]))
         tape.snapshots = {index: (next(saved), next(saved) if both else None) for index, both in ctx.layout}
         tape.position = len(tape.chain.steps)
         return None, grads[0], None, *grads[1:]
@@ -401,7 +416,8 @@ def _handed_out(value: Any, copied: bool) -> Any:
     return value.detach().clone() if copied else value.detach()
 
 
-def _conditions(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
+def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
+    """The conditions of a step's branch, with the modules in the modes they are in."""
     called = {module: None for path in step.modules for module in submodule(root, path).modules()}
     buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
     return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
@@ -441,7 +457,9 @@ def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
 
 
 def _refuse_moved(ctx: Any, step: StepSpec, operands: list[Any]) -> None:
-    for ((module, name), *_), operand, pointer in zip(ctx.owners, operands[len(step.sides) :], ctx.pointers, strict=True):
+    for ((module, name), *_), operand, pointer in zip(
+        ctx.owners, operands[len(step.sides) :], ctx.pointers, strict=True
+    ):
         if module._parameters.get(name) is operand and pointer is not None and _pointer(operand) != pointer:
             raise BackwardError(
                 f"block {step.name!r}: parameter {name!r} of {type(module).__name__} was given other values "

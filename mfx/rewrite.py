@@ -214,7 +214,7 @@ def _emit(
         parameters = [graph.get_attr(_join(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
     function, first = target
-    given = {"plan": chain.note} if lifted is None else lifted.seed(graph, spec, x)
+    given: dict[str, Any] = {"plan": chain.note} if lifted is None else lifted.seed(graph, spec, x)
     node = graph.call_function(function, (*first, x, velocity, *groups), given)
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
@@ -282,9 +282,13 @@ def _step(block: Block, gamma: float, values: dict[fx.Node, State | Escape], flo
         modules=tuple(modules),
         buffers=tuple(dict.fromkeys(_split(path) for path in buffers)),
         statistics=frozenset(number for number, side in enumerate(block.sides) if side in moved),
-        draws=any(operations.is_random(node, flow.root) for node in block.members),
+        draws=any(_may_draw(node, flow.root) for node in block.members),
         sees_grad_mode=any(operations.sees_grad_mode(node, flow.root) for node in block.members),
     )
+
+
+def _may_draw(node: fx.Node, root: nn.Module) -> bool:
+    return operations.is_random(node, root) and not operations.draws_nothing(node)
 
 
 def _running_statistics(block: Block) -> set[fx.Node]:
@@ -342,7 +346,7 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
 
 def _functional(graph: fx.Graph, form: Add, env: dict[fx.Node, fx.Node]) -> fx.Node:
     """An in-place add as one that leaves x and escapes alone; the result has the dtype it has there."""
-    kwargs = {} if form.scale == 1.0 else {"alpha": form.scale}
+    kwargs: dict[str, Any] = {} if form.scale == 1.0 else {"alpha": form.scale}
     total = graph.call_function(torch.add, (env[form.left], env[form.right]), kwargs)
     return graph.call_method("type_as", (total, env[form.left]))
 
@@ -354,50 +358,3 @@ def _split(path: str) -> tuple[str, str]:
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
-
-
-def part(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], further: Iterable[fx.Node] = ()
-) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """``nodes`` of a graph as a graph of their own, and the placeholder there for each value they take.
-
-    The values of ``further`` nodes become placeholders as well.  Its results are the values used elsewhere.
-    """
-    graph = fx.Graph()
-    inside = set(nodes)
-    taken = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
-    taken.update(dict.fromkeys(further))
-    inputs = {source: graph.placeholder(source.name) for source in taken}
-    env = dict(inputs)
-    for source, placeholder in inputs.items():
-        placeholder.meta = dict(source.meta)
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in _used_outside(nodes)))
-    return fx.GraphModule(gm, graph), inputs
-
-
-def join(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], inner: fx.GraphModule, inputs: dict[fx.Node, fx.Node]
-) -> fx.GraphModule:
-    """``gm`` with ``inner``, made of what :func:`part` gave, in the place of ``nodes``."""
-    graph = fx.Graph()
-    inside, outside = set(nodes), _used_outside(nodes)
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node not in inside:
-            env[node] = graph.node_copy(node, env.__getitem__)
-        elif node is nodes[0]:
-            here: dict[fx.Node, fx.Node] = {}
-            placeholders = inner.graph.find_nodes(op="placeholder")
-            for placeholder, source in zip(placeholders, inputs, strict=True):
-                here[placeholder] = env[source]
-            results = graph.graph_copy(inner.graph, here)
-            env.update(zip(outside, results, strict=True))  # type: ignore[arg-type]
-    graph.lint()
-    return fx.GraphModule(gm, graph)
-
-
-def _used_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    inside = set(nodes)
-    return [node for node in nodes if any(user not in inside for user in node.users)]

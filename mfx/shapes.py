@@ -45,7 +45,7 @@ class Fake:
     @contextmanager
     def __call__(self) -> Any:
         """Run here: fake parameters and buffers, and a generator that does not move."""
-        held = [
+        held: list[tuple[dict[str, Any], str, torch.Tensor]] = [
             (table, name, tensor)
             for module in self.model.modules()
             for table in (module._parameters, module._buffers)

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from mfx import operations
 
@@ -203,7 +204,7 @@ def _recording(tracer: Tracer, original: Callable[..., Any], always: bool) -> Ca
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         symbolic: list[fx.Proxy] = []
-        fx.node.map_aggregate((args, kwargs), lambda a: symbolic.append(a) if isinstance(a, fx.Proxy) else a)
+        map_aggregate((args, kwargs), lambda a: symbolic.append(a) if isinstance(a, fx.Proxy) else a)
         if always or symbolic:
             return tracer.create_proxy("call_function", original, args, kwargs)
         return original(*args, **kwargs)

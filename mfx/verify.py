@@ -1,18 +1,22 @@
-"""Verify: the reversible run against the stored run of the same recurrence, on the caller's own data.
+"""Verify: the reversible run against the stored run of the same recurrence, on the caller's own data and loss.
 
-1. Both run from the same weights, buffers and generator state, in the mode the model is in.
-2. The loss is the sum of all floating outputs with fixed random weights, so every output counts.
-3. Compared are outputs, gradients of all parameters and floating inputs, and each chain's x_0 with the one
-   that the backward reconstructs.
+1. Both run from the same weights, buffers and generator state, in the mode the model is in or the one asked for.
+2. The loss is the caller's, or the sum of all floating outputs with fixed random weights, so every output counts.
+3. Compared are outputs, gradients of all parameters and floating inputs, every state of each chain with the one
+   that the backward reconstructs, bytes and time; the drift detector (:mod:`mfx.drift`) gives its value.
 
-Buffers, gradients and random generators are afterwards as they were before.
+Buffers, gradients, modes and random generators are afterwards as they were before.
+Known limits: the states of all chains are kept for the comparison, so this takes memory that training does not.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -21,12 +25,35 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx.capture import as_call
+from mfx.errors import DriftWarning, InputTypeError, MfxError
 from mfx.memory import kept_bytes
-from mfx.model import momentumize
+from mfx.model import drift, momentumize, specs_of
+from mfx.momentum import ChainSpec
 from mfx.options import Gamma
-from mfx.precision import default_tolerance
+from mfx.precision import Schedule, default_tolerance
+from mfx.recompute import autocast_dtype
 from mfx.report import format_bytes
 from mfx.reversible import observing
+
+_TIMED = 2
+
+
+@dataclass(frozen=True)
+class ChainVerification:
+    """One chain of a :class:`Verification`.
+
+    ``gradient_error`` is relative in the L2 norm over the parameters of the chain's blocks, ``reconstruction`` the
+    relative error of x_0, x_1, ... as the backward reconstructs them, ``drift`` what the drift detector measured
+    (None: nothing could be checked), ``bound`` what the error model predicts, ``schedule`` the plan in words.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    gradient_error: float
+    reconstruction: tuple[float, ...]
+    drift: float | None
+    bound: float
+    schedule: str
 
 
 @dataclass(frozen=True)
@@ -35,9 +62,10 @@ class Verification:
 
     Errors are relative in the L2 norm: ``output_error`` over all outputs, ``gradient_error`` over all gradients,
     ``gradient_errors`` for each parameter name (and ``input 0`` ...), ``reconstruction_error`` the largest over
-    the chains' inputs.  ``saved_bytes`` are kept for backward by the reversible run, ``saved_bytes_stored`` by
-    the stored one.  ``worst`` names the largest gradient error among parameters whose gradient is not negligible
-    (a bias before a BatchNorm has none but rounding noise).
+    the chains' states.  ``saved_bytes`` are kept for backward by the reversible run, ``saved_bytes_stored`` by
+    the stored one; ``time_ratio`` is the reversible run's time for forward and backward over the stored one's, the
+    best of a few.  ``worst`` names the largest gradient error among parameters whose gradient is not negligible
+    (a bias before a BatchNorm has none but rounding noise).  ``chains`` has a :class:`ChainVerification` for each.
     """
 
     model: str
@@ -49,6 +77,32 @@ class Verification:
     saved_bytes_stored: int
     tolerance: float
     worst: str
+    time_ratio: float
+    chains: tuple[ChainVerification, ...]
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the reconstruction error of each chain by depth, on a logarithmic scale, into a file.
+
+        Args:
+            path: where to, with a suffix that matplotlib knows (.png, .svg, .pdf).
+
+        Raises:
+            MfxError: matplotlib is not installed (the extra ``mfx[plot]`` brings it).
+        """
+        try:
+            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise MfxError("Verification.plot needs matplotlib: pip install 'mfx[plot]'") from error
+        axes = Figure(layout="constrained").add_subplot()
+        for chain in self.chains:
+            axes.plot(range(len(chain.reconstruction)), chain.reconstruction, marker=".", label=chain.name)
+        axes.axhline(self.tolerance, color="gray", linestyle="--", label="tolerance")
+        axes.set_yscale("symlog", linthresh=1e-17)
+        axes.set(xlabel="depth", ylabel="relative error of the reconstructed x", title=self.model)
+        axes.legend()
+        figure = axes.get_figure()
+        assert figure is not None
+        figure.savefig(path)
 
     @property
     def ok(self) -> bool:
@@ -66,8 +120,10 @@ class Verification:
             ("gradient error", f"{self.gradient_error:.1e}"),
             (f"worst gradient: {self.worst}", f"{self.gradient_errors.get(self.worst, 0.0):.1e}"),
             ("reconstruction error", f"{self.reconstruction_error:.1e}"),
+            *((f"{chain.name}: gradient error, drift", _chain_cells(chain)) for chain in self.chains),
             ("kept for backward, stored", format_bytes(self.saved_bytes_stored)),
             ("kept for backward, reversible", f"{format_bytes(self.saved_bytes)} ({share:.0%})"),
+            ("time, reversible / stored", f"{self.time_ratio:.2f}"),
             ("tolerance", f"{self.tolerance:.0e}"),
             ("verdict", "ok" if self.ok else "NOT OK"),
         ]
@@ -79,10 +135,18 @@ class _Run:
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
     saved: int
+    seconds: float
 
 
 def verify(
-    model: nn.Module, example_inputs: Any, gamma: Gamma = 0.9, *, tolerance: float | None = None, **options: Any
+    model: nn.Module,
+    example_inputs: Any,
+    gamma: Gamma = 0.9,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    train: bool | None = None,
+    tolerance: float | None = None,
+    **options: Any,
 ) -> Verification:
     """Compare the reversible run with the stored run of the same recurrence on ``example_inputs``.
 
@@ -90,7 +154,10 @@ def verify(
         model: the original model; in train mode dropout and BatchNorm are alive in the comparison.
         example_inputs: tensor, tuple or dict, as the model's forward takes them.
         gamma: as for :func:`mfx.momentumize`.
-        tolerance: relative error allowed; None is 1e-10 for float64 parameters, 1e-4 for float32, 1e-2 below.
+        loss: maps the model's output to a scalar; None weights all floating outputs with fixed random numbers.
+        train: True or False puts all modules into that mode meanwhile; None leaves them as they are.
+        tolerance: relative error allowed; None is 1e-10 for float64 parameters, 1e-4 for float32, 1e-2 below and
+            under autocast.
         **options: the other arguments of :func:`mfx.momentumize`.
 
     Returns:
@@ -107,50 +174,98 @@ def verify(
     """
     options.pop("reversible", None)
     args, kwargs = as_call(example_inputs)
-    reversible = momentumize(model, gamma, example_inputs=example_inputs, tolerance=tolerance, **options)
-    stored = momentumize(model, gamma, example_inputs=example_inputs, tolerance=tolerance, reversible=False, **options)
-    _share_velocities(reversible, stored)
-    reconstruction = _Reconstruction()
-    with _unchanged(model, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]):
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    states = _States()
+    with _unchanged(model, tensors, train):
+        options |= {"example_inputs": example_inputs, "tolerance": tolerance}
+        reversible = momentumize(model, gamma, **options)
+        stored = momentumize(model, gamma, reversible=False, **options)
+        _share_velocities(reversible, stored)
         state = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+        def once(mm: nn.Module) -> _Run:
+            _load(model, state)
+            return _run(mm, args, kwargs, seed, loss)
+
         seed = torch.seed()
-        expected = _run(stored, args, kwargs, seed)
-        _load(model, state)
-        with observing(reconstruction):
-            got = _run(reversible, args, kwargs, seed)
+        expected = once(stored)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DriftWarning)
+            with observing(states, states.begin):
+                got = once(reversible)
+            runs = [(once(reversible).seconds, once(stored).seconds) for _ in range(_TIMED)]
+    ratio = min(one for one, _ in runs) / min(other for _, other in runs)
+    return _compare(model, reversible, got, expected, states, tolerance, ratio)
+
+
+def _compare(
+    model: nn.Module,
+    mm: nn.Module,
+    got: _Run,
+    expected: _Run,
+    states: _States,
+    tolerance: float | None,
+    time_ratio: float,
+) -> Verification:
     names = list(expected.gradients)
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     errors = {name: _error([got.gradients[name]], [expected.gradients[name]]) for name in names}
     norms = {name: float(gradient.norm()) for name, gradient in expected.gradients.items()}
     telling = [name for name in names if norms[name] > 1e-6 * max(norms.values())]
+    chains = tuple(_chain(spec, got, expected, states, drift(mm)) for spec in specs_of(mm) if spec.name in states.plans)
+    parameter = next(model.parameters(), torch.empty(0))
+    compute = autocast_dtype(parameter.device, parameter.dtype) or parameter.dtype
     return Verification(
         model=type(model).__name__,
         output_error=_error(got.outputs, expected.outputs),
         gradient_error=_error([got.gradients[name] for name in names], list(expected.gradients.values())),
         gradient_errors=errors,
-        reconstruction_error=max(reconstruction.errors.values(), default=0.0),
+        reconstruction_error=max((max(chain.reconstruction, default=0.0) for chain in chains), default=0.0),
         saved_bytes=got.saved,
         saved_bytes_stored=expected.saved,
-        tolerance=default_tolerance(dtype) if tolerance is None else tolerance,
+        tolerance=default_tolerance(compute) if tolerance is None else tolerance,
         worst=max(telling, key=errors.__getitem__, default=""),
+        time_ratio=time_ratio,
+        chains=chains,
     )
 
 
-class _Reconstruction:
-    """Observes each chain's x_0, forward and as reconstructed."""
+def _chain(spec: ChainSpec, got: _Run, expected: _Run, states: _States, drifts: dict[str, float]) -> ChainVerification:
+    owned = [".".join(filter(None, names)) for step in spec.steps for ((*names,), *_) in step.parameters]
+    known = [name for name in dict.fromkeys(owned) if name in expected.gradients]
+    plan = states.plans[spec.name]
+    return ChainVerification(
+        name=spec.name,
+        blocks=tuple(step.name for step in spec.steps),
+        gradient_error=_error([got.gradients[name] for name in known], [expected.gradients[name] for name in known]),
+        reconstruction=tuple(error for _, error in sorted(states.errors[spec.name].items())),
+        drift=drifts.get(spec.name),
+        bound=plan.drift,
+        schedule=plan.note(len(spec.steps)),
+    )
+
+
+class _States:
+    """Observes each chain's states in forward, and the errors of those that its backward reconstructs."""
 
     def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.errors: dict[str, float] = {}
+        self.plans: dict[str, Schedule] = {}
+        self.forward: dict[tuple[str, int], Tensor] = {}
+        self.errors: dict[str, dict[int, float]] = {}
 
     def __call__(self, chain: str, index: int, x: Tensor, v: Tensor | None) -> None:
-        if index == 0 and chain not in self.inputs:
-            self.inputs[chain] = x.detach().clone()
-        elif index == 0:
-            self.errors[chain] = _error([x], [self.inputs[chain]])
+        if (chain, index) not in self.forward:
+            self.forward[chain, index] = x.detach().clone()
+        else:
+            self.errors[chain][index] = _error([x], [self.forward.pop((chain, index))])
+
+    def begin(self, chain: str, plan: Schedule) -> None:
+        """Note the plan of a chain that starts."""
+        self.plans[chain], self.errors[chain] = plan, {}
 
 
-def _run(mm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> _Run:
+def _run(
+    mm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, loss: Callable[[Any], Tensor] | None
+) -> _Run:
     """One forward and backward; gradients without touching ``.grad``."""
     torch.manual_seed(seed)
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -161,17 +276,41 @@ def _run(mm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     }
     fresh = [inputs.get(f"input {index}", leaf) for index, leaf in enumerate(leaves)]
     args, kwargs = pytree.tree_unflatten(fresh, spec)
+    tensors = [leaf for leaf in fresh if isinstance(leaf, Tensor)]
+    start = _now(tensors)
     with torch.enable_grad():
-        saved, output = kept_bytes(
-            mm, [leaf for leaf in fresh if isinstance(leaf, Tensor)], lambda: mm(*args, **kwargs)
-        )
+        saved, output = kept_bytes(mm, tensors, lambda: mm(*args, **kwargs))
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        weights = torch.Generator().manual_seed(0)
-        cotangents = [torch.randn(out.shape, generator=weights).to(out) for out in outputs]
+        ends, cotangents = _ends(output, outputs, loss)
     wanted = {**{name: p for name, p in mm.named_parameters() if p.requires_grad}, **inputs}
-    found = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
+    found = torch.autograd.grad(ends, list(wanted.values()), cotangents, allow_unused=True)
+    seconds = _now(tensors) - start
     gradients = {name: grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
-    return _Run([out.detach() for out in outputs], gradients, saved)
+    return _Run([out.detach() for out in outputs], gradients, saved, seconds)
+
+
+def _ends(
+    output: Any, outputs: list[Tensor], loss: Callable[[Any], Tensor] | None
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Where the backward starts, and with which gradients."""
+    if loss is not None:
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise InputTypeError(f"loss must give a tensor with one element, not {value!r:.80}")
+        return [value], None
+    weights = torch.Generator().manual_seed(0)
+    return outputs, [torch.randn(out.shape, generator=weights).to(out) for out in outputs]
+
+
+def _now(tensors: list[Tensor]) -> float:
+    for device in {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}:
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
+
+
+def _chain_cells(chain: ChainVerification) -> str:
+    drift = "not checked" if chain.drift is None else f"{chain.drift:.1e}"
+    return f"{chain.gradient_error:.1e}, {drift} ({chain.schedule})"
 
 
 def _error(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -195,12 +334,17 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
-    """Leave buffers and random generators as they are found."""
+def _unchanged(model: nn.Module, tensors: list[Tensor], train: bool | None) -> Iterator[None]:
+    """Leave buffers, modes and random generators as they are found."""
     state = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
     devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
     try:
+        if train is not None:
+            model.train(train)
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
+        for module, mode in modes:
+            module.training = mode
         _load(model, state)

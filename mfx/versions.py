@@ -7,5 +7,5 @@ from typing import Any
 
 def source_name(source: Any) -> str:
     """Dynamo's name of a graph input: ``Source.name`` is a method in torch 2.11 and a property in 2.15."""
-    name = source.name
-    return name() if callable(name) else name
+    name: Any = source.name
+    return str(name() if callable(name) else name)

@@ -18,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import mfx
 from mfx.backend import entry_point
+from mfx.counter import draw_seed
 from mfx.handed import prepare
 from mfx.memory import kept_bytes
 
@@ -94,6 +95,13 @@ def test_the_graph_handed_on_has_the_chain_in_the_place_of_its_blocks():
     assert len(handed) == 1
     assert chains(handed[0]) == ["momentum_0"]
     assert not any(node.target is torch.nn.functional.gelu for node in handed[0].graph.nodes)
+
+
+@pytest.mark.parametrize(("p", "training", "seeds"), [(0.2, True, 1), (0.2, False, 0), (0.0, True, 0)])
+def test_a_seed_is_drawn_where_something_draws(p, training, seeds):
+    model = Net(2, p=p).train(training)
+    torch.compile(model, backend=mfx.backend(0.9, recording), fullgraph=True)(rows())
+    assert sum(node.target is draw_seed for node in handed[0].graph.nodes) == seeds
 
 
 def test_options_reach_the_planner_by_block_name():
@@ -181,7 +189,7 @@ class InLoop(Net):
 @pytest.mark.parametrize("make", [Broken, InLoop])
 def test_a_model_in_parts_is_refused(make):
     net = torch.compile(make(2, p=0.0), backend=mfx.backend(0.9, "eager"))
-    with pytest.raises(BackendCompilerFailed, match="breaks the graph at .*test_backend.py"):
+    with pytest.raises(BackendCompilerFailed, match=r"breaks the graph at .*test_backend\.py"):
         net(rows())
 
 

@@ -14,7 +14,7 @@ from small_models import randomized
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.models.segmentation.fcn import FCN, FCNHead
+from torchvision.models.segmentation.fcn import FCN
 from torchvision.ops import StochasticDepth
 
 import mfx
@@ -40,8 +40,13 @@ def test_keyword_and_default_arguments_take_their_values() -> None:
     assert_same(run(mm, x, mask=mask, flip=True), run(model, x, mask=mask, flip=True))
     assert_same(run(mm, x=x, scale=3.0), run(model, x=x, scale=3.0))
     assert_same(run(mm, x, None, 0.5), run(model, x, None, 0.5))
+
+
+def test_a_model_called_in_ever_new_ways_stays_right() -> None:
+    model = Options(p=0.0)
+    mm, x = mfx.momentumize(model, 0.0), rows()
     for scale in range(40):
-        assert_same(run(mm, x, scale=scale), run(model, x, scale=scale))
+        assert torch.allclose(mm(x, scale=scale), model(x, scale=scale))
 
 
 def test_a_call_with_wrong_arguments_fails_as_in_the_original() -> None:
@@ -81,7 +86,7 @@ def test_nested_inputs_and_outputs_keep_their_form() -> None:
 def test_a_segmentation_model_gives_its_ordered_dict_with_the_auxiliary_head_on_a_tap() -> None:
     resnet = ResNet(Bottleneck, [1, 2, 3, 2], width_per_group=8, replace_stride_with_dilation=[False, True, True])
     backbone = IntermediateLayerGetter(resnet, {"layer4": "out", "layer3": "aux"})
-    model = randomized(FCN(backbone, FCNHead(2048, 3), FCNHead(1024, 3)))
+    model = randomized(FCN(backbone, nn.Conv2d(2048, 3, 1), nn.Conv2d(1024, 3, 1)))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     mm = mfx.momentumize(model, 0.0)
     assert type(mm(x)) is OrderedDict
@@ -221,10 +226,11 @@ class ModeBlock(nn.Module):
 
 
 @pytest.mark.parametrize("captured_in_training", [True, False])
+@pytest.mark.parametrize("whole", [None, "blocks.?"])
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
-def test_modes_baked_at_capture_do_not_leak(captured_in_training: bool, gamma: float) -> None:
+def test_modes_baked_at_capture_do_not_leak(captured_in_training: bool, gamma: float, whole: Any) -> None:
     model = ConvNet(block=ModeBlock).train(captured_in_training)
-    mm, stored = mfx.momentumize(model, gamma), mfx.momentumize(model, gamma, reversible=False)
+    mm, stored = (mfx.momentumize(model, gamma, modules=whole, reversible=flag) for flag in (True, False))
     x = images()
     for training in (not captured_in_training, captured_in_training):
         for each in (model, mm, stored):

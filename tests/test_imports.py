@@ -82,7 +82,7 @@ def test_only_rewriting_and_capturing_build_graphs():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("node_copy", "call_function", "call_method", "get_attr")
     }
-    assert building <= {"rewrite", "tracer", "dynamo"}
+    assert building <= {"rewrite", "region", "tracer", "dynamo"}
 
 
 def test_the_package_names_what_it_exports():

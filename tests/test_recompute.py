@@ -253,7 +253,7 @@ def test_without_gradients_it_is_the_plain_recurrence_and_keeps_nothing(mode: Ca
     assert not ours.requires_grad
 
 
-def test_without_gradients_each_branch_runs_once_with_two_states_alive() -> None:
+def test_without_gradients_each_branch_runs_once_and_nothing_is_kept() -> None:
     model = Net(depth=8, p=0.0)
     calls = []
     for block in model.blocks:
