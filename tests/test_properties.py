@@ -27,6 +27,7 @@ class Learned(nn.Module):
         return torch.tanh(x) * self.scale
 
 
+fewer = settings(max_examples=settings.default.max_examples // 3)
 velocities = st.sampled_from(("zero", "first", lambda chain: Learned()))
 
 
@@ -77,6 +78,7 @@ def test_reversible_gradients_are_those_of_the_stored_run(model, gamma, velocity
     assert_same(found, expected, 1e-9)
 
 
+@fewer
 @given(models())
 def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
     network = build(model)
@@ -90,6 +92,7 @@ def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
     }
 
 
+@fewer
 @given(models(), gammas())
 def test_what_the_report_lists_is_rewritten_each_chain_into_one_node(model, gamma):
     network = build(model)
@@ -110,7 +113,7 @@ def grows(block: Block) -> bool:
     return bool(block.tap or block.returned or block.side == "earlier state")
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@fewer
 @given(blocks(0).filter(lambda block: not grows(block)), st.booleans())
 def test_the_bytes_kept_do_not_grow_with_depth(block, training):  # M3
     kept = []
