@@ -261,9 +261,10 @@ def momentumize(
             ``velocity(chain) -> nn.Module`` whose module maps x_0 to v_0 and is registered as
             ``momentum_velocity.<chain index>``.
         reversible: False runs the same recurrence with stored activations.
-        state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` is the latter.
-        tolerance: relative error that reversing may make; decides the distance of snapshots.  None is 1e-10 for
-            float64, 1e-4 for float32, 1e-2 for bfloat16 and float16.
+        state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` leaves the choice
+            between that and one precision up to the plan (:mod:`mfx.precision`), which takes the cheaper in bytes.
+        tolerance: relative error that reversing may make; decides arithmetic and distance of snapshots.  None is
+            1e-10 for float64, 1e-4 for float32, 1e-2 for bfloat16 and float16, also as autocast has them.
         capture: ``"fx"`` (symbolic tracing), ``"dynamo"``, or ``"auto"``: fx first, Dynamo where the model's Python
             depends on values that symbolic tracing does not have.
 

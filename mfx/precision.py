@@ -70,14 +70,14 @@ BRANCH_GAIN = 1.0
 """L: by how much the branches are taken to amplify an error of x."""
 
 MARGINS = {
-    torch.float64: ((1.0, 2, True),),
-    torch.float32: ((1 / 300, 5, True), (1 / 10, 2, False)),
-    torch.bfloat16: ((1 / 40, 2, True),),
-    torch.float16: ((1 / 40, 2, True),),
+    torch.float64: ((1.0, 1 / 64, 2, True),),
+    torch.float32: ((1 / 300, 1 / 4, 5, True), (1 / 10, 1 / 4, 2, False)),
+    torch.bfloat16: ((1 / 40, 1 / 4, 2, True),),
+    torch.float16: ((1 / 40, 1 / 4, 2, True),),
 }
 """For exact arithmetic, by the branches' dtype: the share of the tolerance that the forward's rounding may take up,
-the bits left at least for velocities larger than x_0, and whether snapshots are taken (a chain that can do without
-any may have less of both)."""
+the share of that which is aimed at (the bits that are left make room for large velocities), the bits for that at
+least, and whether snapshots are taken: a chain that can do without any may have less of both."""
 
 _ROUNDINGS = 4
 """What a step does to the state: a product, two sums, a difference or quotient."""
@@ -227,8 +227,8 @@ def _candidates(
         if not (finer and same_branches):
             yield _floating(gammas, state, max(_roundoff(state), _roundoff(compute)), allowed)
         if same_branches and (finer or state == torch.float64) and state in _FINEST:
-            for share, headroom, snapshots in MARGINS[compute]:
-                found = _exact(gammas, state, allowed, _Margin(share * allowed, headroom))
+            for share, aim, headroom, snapshots in MARGINS[compute]:
+                found = _exact(gammas, state, allowed, _Margin(share * allowed, aim, headroom))
                 if snapshots or not found.snapshots:
                     yield found
 
@@ -270,6 +270,7 @@ class _Margin:
     """What exact arithmetic has to keep to: the forward's rounding, and bits for large velocities."""
 
     rounding: float
+    aim: float
     headroom: int
 
 
@@ -299,10 +300,10 @@ class _Run:
 
     @property
     def quantum(self) -> float:
-        """q0, relative to the largest element of the first x: a quarter of what is allowed, if the bits suffice."""
+        """q0, relative to the largest element of the first x: what is aimed at, if the bits suffice."""
         bits = self.digits - self.margin.headroom
         bits -= math.ceil(-math.log2(self.product)) if self.product > 0 else 1000
-        return 2.0 ** -min(bits, math.ceil(math.log2(4 * self._shift / self.margin.rounding)))
+        return 2.0 ** -min(bits, math.ceil(math.log2(self._shift / (self.margin.aim * self.margin.rounding))))
 
     @property
     def rounding(self) -> float:
