@@ -151,6 +151,7 @@ def _leave(context: Any) -> None:
     output = _output(context)
     regions = output.__dict__.get(_REGIONS)
     if regions is None or regions.open is None:
+        torch.backends.mha._is_fastpath_enabled = _local(context, "before")  # what traced() would have put back
         raise _broken("a model")
     region, regions.open = regions.open, None
     number = len(regions.closed)
