@@ -19,7 +19,9 @@ from mfx.errors import (
     ShapeError,
 )
 from mfx.inverse import Chain, chains
-from mfx.model import drift, graph_of, momentumize, set_gamma
+from mfx.model import graph_of, momentumize
+from mfx.momentumnet import MomentumNet
+from mfx.parts import drift, set_gamma
 from mfx.report import Report, report
 from mfx.verify import ChainVerification, Verification, verify
 
@@ -37,6 +39,7 @@ __all__ = [
     "InputTypeError",
     "MfxError",
     "MfxWarning",
+    "MomentumNet",
     "NothingRewrittenWarning",
     "OptionError",
     "PlanChangedError",

@@ -21,8 +21,8 @@ from typing import Any
 from torch import nn
 
 from mfx.errors import OptionError
-from mfx.model import momentum_of, set_gamma
 from mfx.options import check_gamma
+from mfx.parts import parts_of, set_gamma
 
 _SHAPES = {"linear": lambda share: share, "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2}
 
@@ -62,7 +62,7 @@ class GammaSchedule:
         self._first, self._last = _pairs(start), _pairs(end)
         if [pattern for pattern, _ in self._first] != [pattern for pattern, _ in self._last]:
             raise OptionError(f"start and end must name the same patterns: {start!r} and {end!r} do not")
-        momentum_of(mm)
+        parts_of(mm)
         self.mm = mm
         self.steps = steps
         self.shape = shape

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from mfx.errors import BackwardError, InputTypeError, OptionError
-from mfx.model import specs_of
 from mfx.momentum import ChainSpec, Escape, State, advance, branch_of
+from mfx.parts import parts_of
 from mfx.precision import floating_error
 from mfx.recompute import submodule
 from mfx.reversible import conditions_of
@@ -196,13 +196,13 @@ def chains(mm: nn.Module) -> tuple[Chain, ...]:
     """The chains of a momentumized model's latest capture, each with ``forward`` and ``inverse``.
 
     Args:
-        mm: a momentumized model.
+        mm: a momentumized model, a :class:`mfx.MomentumNet`, or a model with such parts.
 
     Returns:
         A :class:`Chain` for each chain, in order.
 
     Raises:
-        InputTypeError: ``mm`` is not momentumized.
+        InputTypeError: ``mm`` has no momentumized part.
         MfxError: the model has no captured graph yet (after unpickling, say): run it once.
 
     Example:
@@ -211,4 +211,4 @@ def chains(mm: nn.Module) -> tuple[Chain, ...]:
         >>> mfx.chains(mm)[0]
         <chain momentum_0: 2 blocks, layer1.0 to layer1.1>
     """
-    return tuple(Chain(spec, mm) for spec in specs_of(mm))
+    return tuple(Chain(spec, mm.get_submodule(path)) for path, part in parts_of(mm).items() for spec in part.latest())

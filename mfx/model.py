@@ -38,12 +38,12 @@ from mfx.errors import (
 from mfx.find import Found, find
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, check_patterns, make_options
+from mfx.parts import STATE
 from mfx.plan import Plan, plan
 from mfx.rewrite import Rewritten, rewrite, with_gammas
 from mfx.shapes import propagate_shapes
 
 Model = TypeVar("Model", bound=nn.Module)
-_STATE = "_mfx"
 _MOST_GRAPHS = 32
 
 
@@ -87,6 +87,35 @@ class Momentum:
         twin = Momentum(self.original, self.options)
         twin.chains, twin.places = self.chains, self.places
         return twin
+
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that are rewritten."""
+        return tuple(name for chain in self.chains or () for name in chain)
+
+    def specs(self) -> tuple[ChainSpec, ...]:
+        """The chains of all captures so far."""
+        return tuple(chain for found in self.entries.values() for entry in found for chain in entry.rewritten.chains)
+
+    def latest(self) -> tuple[ChainSpec, ...]:
+        """The chains of the latest capture."""
+        return self.latest_entry().rewritten.chains
+
+    def latest_entry(self) -> Entry:
+        """The latest capture."""
+        entries = [entry for found in self.entries.values() for entry in found]
+        if not entries:
+            raise MfxError("the model has no captured graph yet: run it once")
+        return entries[-1]
+
+    def set_gamma(self, gamma: Gamma) -> None:
+        """Run with another gamma from the next forward on."""
+        options = replace(self.options, gamma=check_gamma(gamma))
+        self.options, self.token = options, new_token()
+        for entries in self.entries.values():
+            for index, entry in enumerate(entries):
+                chains = tuple(chain.with_gammas(options) for chain in entry.plan.chains)
+                planned = replace(entry.plan, chains=chains, options=options)
+                entries[index] = replace(entry, plan=planned, rewritten=with_gammas(entry.rewritten, planned))
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
@@ -323,7 +352,7 @@ def check_model(model: Any) -> None:
     """Refuse what is not a plain module."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if _STATE in model.__dict__:
+    if STATE in model.__dict__:
         raise OptionError("model is momentumized already: give the original, or use mfx.set_gamma to change gamma")
     if "forward" in model.__dict__:
         raise InputTypeError(
@@ -334,77 +363,10 @@ def check_model(model: Any) -> None:
 
 def momentum_of(mm: nn.Module) -> Momentum:
     """The momentumized side of a model."""
-    momentum = mm.__dict__.get(_STATE)
+    momentum = mm.__dict__.get(STATE)
     if not isinstance(momentum, Momentum):
         raise InputTypeError(f"{type(mm).__name__} is not a momentumized model: call mfx.momentumize on it first")
     return momentum
-
-
-def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
-    """Change gamma of a momentumized model in place, for annealing; takes effect at the next forward.
-
-    Args:
-        mm: a momentumized model.
-        gamma: as for :func:`momentumize`.
-
-    Raises:
-        MfxError: a block that was rewritten would be kept under the new mapping, or the reverse.
-
-    Example:
-        >>> import torch, torchvision, mfx
-        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.0)
-        >>> mfx.set_gamma(mm, 0.5)
-    """
-    momentum = momentum_of(mm)
-    options = replace(momentum.options, gamma=check_gamma(gamma))
-    kept = {name for chain in momentum.chains or () for name in chain if options.gamma_of(name) is None}
-    if kept:
-        raise OptionError(
-            f"gamma={gamma!r} gives no value to blocks {sorted(kept)}, which are rewritten: add a pattern for them"
-        )
-    momentum.options, momentum.token = options, new_token()
-    for entries in momentum.entries.values():
-        for index, entry in enumerate(entries):
-            chains = tuple(chain.with_gammas(options) for chain in entry.plan.chains)
-            planned = replace(entry.plan, chains=chains, options=options)
-            entries[index] = replace(entry, plan=planned, rewritten=with_gammas(entry.rewritten, planned))
-
-
-def drift(mm: nn.Module) -> dict[str, float]:
-    """How far each chain's last backward was from what is known of its state, relative; see :mod:`mfx.drift`.
-
-    Where it passes the tolerance, a :class:`mfx.DriftWarning` has said so.  This waits for values that are still
-    on their way from a device.
-
-    Args:
-        mm: a momentumized model.
-
-    Returns:
-        The drift of each chain that has run a backward, by name; the largest where there are several graphs.
-
-    Raises:
-        InputTypeError: ``mm`` is not momentumized.
-
-    Example:
-        >>> import torch, torchvision, mfx
-        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.9)
-        >>> mm(torch.randn(2, 3, 64, 64)).sum().backward()
-        >>> max(mfx.drift(mm).values()) < 1e-4
-        True
-    """
-    found: dict[str, float] = {}
-    for entries in momentum_of(mm).entries.values():
-        for chain in (chain for entry in entries for chain in entry.rewritten.chains):
-            chain.drift.poll(wait=True)
-            value = chain.drift.value
-            if value is not None:
-                found[chain.name] = max(value, found.get(chain.name, value))
-    return found
-
-
-def specs_of(mm: nn.Module) -> tuple[ChainSpec, ...]:
-    """The chains of a momentumized model's latest capture, as they run."""
-    return _latest(mm).rewritten.chains
 
 
 def graph_of(mm: nn.Module) -> fx.Graph:
@@ -416,14 +378,7 @@ def graph_of(mm: nn.Module) -> fx.Graph:
         >>> [n.name for n in mfx.graph_of(mm).nodes if n.name.startswith("momentum")][:1]
         ['momentum_0']
     """
-    return _latest(mm).rewritten.graph
-
-
-def _latest(mm: nn.Module) -> Entry:
-    entries = [entry for found in momentum_of(mm).entries.values() for entry in found]
-    if not entries:
-        raise MfxError("the model has no captured graph yet: run it once")
-    return entries[-1]
+    return momentum_of(mm).latest_entry().rewritten.graph
 
 
 def _warn_if_nothing(entry: Entry, name: str) -> None:
@@ -445,7 +400,7 @@ def _shallow_copy(model: Model, momentum: Momentum) -> Model:
     for table, entries in state.items():
         if table.startswith("_") and isinstance(entries, (dict, set)):
             state[table] = copy.copy(entries)
-    mm.__dict__ = {**state, _STATE: momentum}
+    mm.__dict__ = {**state, STATE: momentum}
     return mm
 
 
@@ -454,8 +409,8 @@ def _momentum_class(original: type[nn.Module]) -> type[Any]:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return traced(self, getattr(self, _STATE), original.forward, args, kwargs)
-        return self.__dict__[_STATE].call(self, args, kwargs)
+            return traced(self, getattr(self, STATE), original.forward, args, kwargs)
+        return self.__dict__[STATE].call(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         state = dict(self.__dict__)

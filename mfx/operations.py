@@ -225,8 +225,7 @@ def is_ambient(node: fx.Node) -> bool:
 def is_random(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may draw random numbers (in some mode); opaque functions may."""
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return any(_is_random_module(inner) for inner in module.modules())
+        return module_is_random(root.get_submodule(str(node.target)))
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
@@ -252,7 +251,17 @@ def sees_grad_mode(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may compute otherwise where gradients are off."""
     if node.op != "call_module":
         return node.op == "call_function" and not _known(node)
-    inner = root.get_submodule(str(node.target)).modules()
+    return module_sees_grad_mode(root.get_submodule(str(node.target)))
+
+
+def module_is_random(module: nn.Module) -> bool:
+    """Whether a module may draw random numbers (in some mode)."""
+    return any(_is_random_module(inner) for inner in module.modules())
+
+
+def module_sees_grad_mode(module: nn.Module) -> bool:
+    """Whether a module may compute otherwise where gradients are off."""
+    inner = module.modules()
     return any(isinstance(m, nn.MultiheadAttention) or not type(m).__module__.startswith("torch.nn") for m in inner)
 
 

@@ -49,9 +49,14 @@ class Options:
 
     def gamma_of(self, name: str) -> float | None:
         """The gamma of a block: the first pattern that matches; None where none does."""
-        if not isinstance(self.gamma, tuple):
-            return self.gamma
-        return next((value for pattern, value in self.gamma if fnmatchcase(name, pattern)), None)
+        return gamma_of(self.gamma, name)
+
+
+def gamma_of(gamma: float | tuple[tuple[str, float], ...], name: str) -> float | None:
+    """What ``gamma`` gives the block ``name``."""
+    if not isinstance(gamma, tuple):
+        return gamma
+    return next((value for pattern, value in gamma if fnmatchcase(name, pattern)), None)
 
 
 def make_options(

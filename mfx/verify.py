@@ -27,11 +27,12 @@ from torch.utils import _pytree as pytree
 from mfx.capture import as_call
 from mfx.errors import DriftWarning, InputTypeError, MfxError
 from mfx.memory import kept_bytes
-from mfx.model import drift, momentumize, specs_of
+from mfx.model import momentum_of, momentumize
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma
 from mfx.precision import Schedule, default_tolerance
 from mfx.recompute import autocast_dtype
+from mfx.parts import drift
 from mfx.report import format_bytes
 from mfx.reversible import observing
 
@@ -211,7 +212,8 @@ def _compare(
     errors = {name: _error([got.gradients[name]], [expected.gradients[name]]) for name in names}
     norms = {name: float(gradient.norm()) for name, gradient in expected.gradients.items()}
     telling = [name for name in names if norms[name] > 1e-6 * max(norms.values())]
-    chains = tuple(_chain(spec, got, expected, states, drift(mm)) for spec in specs_of(mm) if spec.name in states.plans)
+    ran = [spec for spec in momentum_of(mm).latest() if spec.name in states.plans]
+    chains = tuple(_chain(spec, got, expected, states, drift(mm)) for spec in ran)
     parameter = next(model.parameters(), torch.empty(0))
     compute = autocast_dtype(parameter.device, parameter.dtype) or parameter.dtype
     return Verification(

@@ -10,7 +10,7 @@ from nets import Block, ConvNet, Net
 from torch import Tensor, nn
 
 import mfx
-from mfx.model import specs_of
+from mfx.model import momentum_of
 
 
 class Plain(nn.Module):
@@ -96,7 +96,7 @@ def test_a_model_in_half_precision(dtype, gamma):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_state_is_one_precision_up(dtype):
     mm = mfx.momentumize(model(Block, 24).to(dtype), gamma=0.9)
-    (chain,) = specs_of(mm)
+    (chain,) = momentum_of(mm).latest()
     assert chain.schedule(dtype).state_dtype == torch.float32
     assert chain.schedule(torch.float32).state_dtype == torch.float64
     assert chain.schedule(torch.float64).state_dtype == torch.float64

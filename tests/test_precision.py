@@ -13,7 +13,7 @@ from nets import Net, rows
 from torch import Tensor, nn
 
 import mfx
-from mfx.model import specs_of
+from mfx.model import momentum_of
 from mfx.precision import Schedule, default_tolerance, growth, schedule
 from mfx.reversible import observing
 
@@ -45,7 +45,7 @@ def gradient_error(network: nn.Module, gamma: float, x: Tensor, **options: objec
 
 
 def plan(mm: nn.Module, dtype: torch.dtype = F32) -> Schedule:
-    (chain,) = specs_of(mm)
+    (chain,) = momentum_of(mm).latest()
     return chain.schedule(dtype)
 
 

@@ -1,0 +1,316 @@
+"""MomentumNet: a chain whose branches are given as modules, without any capture.
+
+The interface of momentumnet's class of this name over the chain that the pass emits (:mod:`mfx.reversible`):
+
+1. each function becomes one step; its branch calls the module with x and the extra arguments of the call;
+2. the tensors among the extra arguments are side inputs, and get gradients;
+3. v_0 is zero, or ``init_function(x)``;
+4. under a compiler the plain recurrence is traced and rewritten like any model (:mod:`mfx.compiling`).
+
+Reference: Sander et al., ICML 2021, arXiv 2102.07870, equation (5); momentumnet 0.10 for names and meanings.
+Known limits: functions must be modules, and return one tensor of x's shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx import operations
+from mfx.drift import Drift
+from mfx.errors import InputTypeError, OptionError, ShapeError
+from mfx.inverse import Chain
+from mfx.momentum import ChainSpec, StepSpec
+from mfx.options import Gamma, make_options
+from mfx.parts import STATE
+from mfx.precision import schedule
+from mfx.reversible import run
+
+_Names = tuple[tuple[tuple[str, str], ...], ...]
+_NO_ARGUMENTS = pytree.tree_flatten(((), {}))[1]
+
+
+class MomentumNet(nn.Module):
+    """A Momentum ResNet from a list of modules.
+
+    With f_i the functions, for i = 0 ... n - 1::
+
+        v <- gamma * v + (1 - gamma) * f_i(x, *args, **kwargs)          is_residual=True
+        v <- gamma * v + (1 - gamma) * (f_i(x, *args, **kwargs) - x)    is_residual=False
+        x <- x + v
+
+    Args:
+        functions: modules (a list, ``nn.Sequential``, ``nn.ModuleList``) that map x, and the extra arguments of the
+            call, to a tensor of x's shape.  The same module may be there several times.
+        gamma: float in [0, 1].  At 0 the network is ``x <- x + f(x)``; at 1 the velocity stays what it was.
+        init_speed: whether v_0 is ``init_function(x)``; otherwise it is zero.
+        init_function: module from x to v_0, for ``init_speed=True``.
+        use_backprop: True stores activations (plain backpropagation); False is the reversible run, which does not.
+        is_residual: whether the functions are the branches f of ``x + f(x)``, or whole blocks.
+        state_dtype, tolerance: as for :func:`mfx.momentumize`.
+
+    Returns:
+        Of a call: x_n, of the shape and dtype of x (or of the dtype that the functions' values promote it to).
+
+    Raises:
+        OptionError: an argument has a value that cannot be used.
+        InputTypeError: a function is not a module, or an argument of a call hides tensors that need gradients.
+        ShapeError: a function changes the shape of x.
+
+    Example:
+        >>> import torch, mfx
+        >>> from torch import nn
+        >>> function = nn.Sequential(nn.Linear(50, 8), nn.Tanh(), nn.Linear(8, 50))
+        >>> net = mfx.MomentumNet([function] * 10, gamma=0.99, use_backprop=False)
+        >>> net(torch.randn(10, 50)).shape
+        torch.Size([10, 50])
+
+    Parameters are named ``network.<i>.<name>`` and ``network.init.<name>``, as momentumnet names them.
+
+    Source: Sander et al., ICML 2021, arXiv 2102.07870, equation (5).
+    """
+
+    def __init__(
+        self,
+        functions: Iterable[nn.Module],
+        gamma: float,
+        init_speed: bool = False,
+        init_function: nn.Module | None = None,
+        use_backprop: bool = True,
+        is_residual: bool = True,
+        *,
+        state_dtype: torch.dtype | str = "auto",
+        tolerance: float | None = None,
+    ) -> None:
+        super().__init__()
+        members = {str(index): function for index, function in enumerate(_listed(functions))}
+        if init_speed and init_function is None:
+            raise OptionError("init_speed=True takes v_0 from init_function, which is None: give a module from x to v_0")
+        if init_function is not None:
+            members["init"] = _checked_module(init_function, "init_function")
+        self.network = nn.ModuleDict(members)
+        self.init_speed = bool(init_speed)
+        options = make_options(state_dtype=state_dtype, tolerance=tolerance)
+        self.__dict__[STATE] = _Net(len(self), options.state_dtype, options.tolerance)
+        self.gamma = gamma
+        self.use_backprop = use_backprop
+        self.is_residual = is_residual
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x_n from x; the extra arguments are handed to every function."""
+        leaves, layout = pytree.tree_flatten((args, kwargs))
+        _refuse_hidden(leaves)
+        spec, operands = self._chain(layout, leaves)
+        velocity = self._first_velocity(x)
+        return run(spec, self, x, velocity, *operands)[0]
+
+    def flow(self, x: Tensor, v: Tensor | None = None, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(x_n, v_n) in float64 from x and v_0, with activations stored; v None is the v_0 of a call.
+
+        Example:
+            >>> import torch, mfx
+            >>> net = mfx.MomentumNet([torch.nn.Linear(3, 3)] * 4, gamma=0.9)
+            >>> x = torch.randn(2, 3)
+            >>> again, v_0 = net.inverse(*net.flow(x))
+            >>> bool((again - x).norm() < 1e-4), bool(v_0.norm() < 1e-4)
+            (True, True)
+        """
+        chain, sides = self._inverse(args, kwargs)
+        return chain.forward(x, self._first_velocity(x) if v is None else v, sides)
+
+    def inverse(self, x: Tensor, v: Tensor, /, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(x_0, v_0) in float64 from (x_n, v_n), as :meth:`flow` gives them; differentiable.
+
+        See :meth:`mfx.Chain.inverse` for its error and its exceptions.
+        """
+        chain, sides = self._inverse(args, kwargs)
+        return chain.inverse(x, v, sides)
+
+    @property
+    def functions(self) -> list[nn.Module]:
+        """The modules f_0 ... f_(n-1)."""
+        return [self.network[name] for name in self.network if name != "init"]
+
+    @property
+    def init_function(self) -> nn.Module | None:
+        """The module from x to v_0, if one was given."""
+        return self.network["init"] if "init" in self.network else None
+
+    @property
+    def gamma(self) -> float:
+        """The momentum; set it to change it."""
+        return self.__dict__[STATE].gamma
+
+    @gamma.setter
+    def gamma(self, gamma: float) -> None:
+        if not isinstance(gamma, Real) or isinstance(gamma, bool):
+            raise InputTypeError(f"gamma must be a float in [0, 1], not {type(gamma).__name__} ({gamma!r})")
+        if math.isnan(gamma) or not 0 <= gamma <= 1:
+            raise OptionError(f"gamma={gamma!r}: it must be a float in [0, 1], such as 0.9")
+        self.__dict__[STATE].gamma = float(gamma)
+
+    def __len__(self) -> int:
+        return sum(name != "init" for name in self.network)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"gamma={self.gamma}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
+
+    def _first_velocity(self, x: Tensor) -> Tensor | None:
+        if not self.init_speed:
+            return None
+        velocity = self.network["init"](x)
+        if velocity.shape != x.shape:
+            raise ShapeError(
+                f"init_function returned shape {tuple(velocity.shape)}, but x has shape {tuple(x.shape)}: v_0 must have "
+                "the shape of x"
+            )
+        return velocity
+
+    def _chain(self, layout: pytree.TreeSpec, leaves: list[Any]) -> tuple[ChainSpec, list[tuple[Any, ...]]]:
+        """The chain for calls of this layout, and what each step takes."""
+        names: dict[nn.Module, tuple[_Names, tuple[Tensor, ...]]] = {}
+        steps, operands = [], []
+        for index, function in enumerate(self.functions):
+            path = f"network.{index}"
+            if function not in names:
+                names[function] = _parameters(path, function)
+            parameters, tensors = names[function]
+            steps.append(self._step(path, function, layout, len(leaves), parameters))
+            operands.append((*leaves, *tensors))
+        return self.__dict__[STATE].spec(tuple(steps), not self.use_backprop), operands
+
+    def _step(
+        self, path: str, function: nn.Module, layout: pytree.TreeSpec, sides: int, parameters: _Names
+    ) -> StepSpec:
+        branch = partial(_call, path, layout)
+        return StepSpec(
+            name=path,
+            branch=branch,
+            again=branch,
+            gamma=self.gamma,
+            wrapped=not self.is_residual,
+            scale=1.0,
+            written="",
+            sides=(None,) * sides,
+            parameters=parameters,
+            modules=(path,),
+            buffers=(),
+            statistics=frozenset(),
+            draws=operations.module_is_random(function),
+            sees_grad_mode=operations.module_sees_grad_mode(function),
+        )
+
+    def _inverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Chain, list[list[Any]]]:
+        leaves, layout = pytree.tree_flatten((args, kwargs))
+        spec, _ = self._chain(layout, leaves)
+        return Chain(spec, self), [leaves] * len(spec.steps)
+
+
+@dataclass(eq=False)
+class _Net:
+    """The momentum side of a MomentumNet, a :class:`mfx.parts.Part`."""
+
+    size: int
+    state_dtype: torch.dtype | str
+    tolerance: float | None
+    gamma: float = 0.9
+    chain: ChainSpec | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "chain": None}
+
+    def spec(self, steps: tuple[StepSpec, ...], reversible: bool) -> ChainSpec:
+        """The chain of ``steps``; all chains of a net share what their backwards measure."""
+        drift = Drift() if self.chain is None else self.chain.drift
+        planned = partial(_schedule, tuple(step.gamma for step in steps), self.state_dtype, self.tolerance)
+        self.chain = ChainSpec("momentum_0", steps, planned, reversible=reversible, drift=drift)
+        return self.chain
+
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the functions."""
+        return tuple(f"network.{index}" for index in range(self.size))
+
+    def specs(self) -> tuple[ChainSpec, ...]:
+        """The chain of the last call."""
+        return () if self.chain is None else (self.chain,)
+
+    latest = specs
+
+    def set_gamma(self, gamma: Gamma) -> None:
+        """One gamma for all functions."""
+        if not isinstance(gamma, Real):
+            raise OptionError(f"a MomentumNet has one gamma for all its functions, not {gamma!r}: give a float")
+        self.gamma = float(gamma)
+
+
+def _schedule(
+    gammas: tuple[float, ...], state: torch.dtype | str, tolerance: float | None, dtype: torch.dtype, *given: Any
+) -> Any:
+    return schedule(gammas, dtype, state, tolerance, *given)
+
+
+def _call(path: str, layout: pytree.TreeSpec, net: nn.Module, x: Tensor, *leaves: Any) -> tuple[Tensor]:
+    """The branch of one step."""
+    args, kwargs = pytree.tree_unflatten(leaves, layout)
+    value = net.get_submodule(path)(x, *args, **kwargs)
+    if not isinstance(value, Tensor):
+        raise ShapeError(
+            f"function {path} ({type(net.get_submodule(path)).__name__}) returned {type(value).__name__}, not a tensor: "
+            "a function maps x to a tensor of its shape. Wrap it in a module that picks one"
+        )
+    if value.shape != x.shape:
+        raise ShapeError(
+            f"function {path} ({type(net.get_submodule(path)).__name__}) returned shape {tuple(value.shape)}, but x has "
+            f"shape {tuple(x.shape)}: a function must keep the shape. Leave those that change it out of the MomentumNet"
+        )
+    return (value,)
+
+
+def _parameters(path: str, function: nn.Module) -> tuple[_Names, tuple[Tensor, ...]]:
+    """Each parameter of a function with all its names, relative to the net, and the parameters."""
+    names: dict[int, list[tuple[str, str]]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, parameter in function.named_parameters(remove_duplicate=False):
+        owner, _, last = f"{path}.{name}".rpartition(".")
+        names.setdefault(id(parameter), []).append((owner, last))
+        tensors[id(parameter)] = parameter
+    return tuple(tuple(found) for found in names.values()), tuple(tensors.values())
+
+
+def _listed(functions: Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(functions, nn.Module) and not isinstance(functions, Iterable):
+        raise InputTypeError(f"functions must be a list of modules, not one {type(functions).__name__}: give [module]")
+    listed = [_checked_module(function, f"functions[{index}]") for index, function in enumerate(functions)]
+    if not listed:
+        raise OptionError("functions is empty: give at least one module")
+    return listed
+
+
+def _checked_module(module: Any, argument: str) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise InputTypeError(
+            f"{argument} must be a torch.nn.Module, not {type(module).__name__}: parameters of other callables would "
+            "not be found"
+        )
+    return module
+
+
+def _refuse_hidden(leaves: list[Any]) -> None:
+    """Tensors inside objects that cannot be taken apart would lose their gradient."""
+    for leaf in leaves:
+        held = getattr(leaf, "__dict__", {}).items() if not isinstance(leaf, (Tensor, nn.Module)) else ()
+        for name, value in held:
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise InputTypeError(
+                    f"an argument of type {type(leaf).__name__} holds a tensor that needs a gradient ({name!r}), which "
+                    "would be lost: hand tensors over as they are, or in tuples, lists or dicts"
+                )
