@@ -26,6 +26,8 @@ from mfx.tracer import SCOPE
 class Block:
     """``x -> y``: residual, ``y = x + scale * f(x)``, or wrapped, ``y = G(x)`` with ``F(x) = G(x) - x``.
 
+    A third kind, branch, is a call ``f(x)`` in whose place ``x + f(x)`` is wanted.
+
     ``value`` is the node of f(x) or G(x); ``members`` are the nodes that compute it, in order; ``sides``
     are read from outside, ``escapes`` are members (never ``value`` of a wrapped block) read outside.  ``passed``
     are nodes that do nothing, between the skip and the add.
@@ -54,7 +56,7 @@ class Block:
         """All nodes that the block stands for; a query of x that others ask as well is not among them."""
         inside = {*self.members, self.output}
         own = [node for node in self.members if not _asked_outside(node, self.skip, inside)]
-        return tuple(own) if self.kind == "wrapped" else (*self.passed, *own, self.output)
+        return (*self.passed, *own, self.output) if self.kind == "residual" else tuple(own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +83,11 @@ def collect(
     tail: tuple[fx.Node, ...] = (),
     scale: float = 1.0,
     written: str = "",
+    home: str | None = None,
 ) -> Block:
-    """Collect the members, sides and escapes of the block from ``skip`` to ``value``."""
+    """Collect the members, sides and escapes of the block from ``skip`` to ``value``, of the module ``home``."""
     members = _paths(flow, skip, value, tail)
-    _absorb(flow, skip, members, flow.position[output])
+    _absorb(flow, skip, members, flow.position[output], output.meta[SCOPE].path if home is None else home)
     ordered = tuple(sorted(members, key=flow.position.__getitem__))
     sides = {
         source: None
@@ -92,9 +95,9 @@ def collect(
         for source in node.all_input_nodes
         if source not in members and source is not skip
     }
-    inside = members if kind == "wrapped" else members | {output}
+    inside = members | {output}
     handed = [node for node in ordered if any(user not in inside for user in node.users)]
-    ends = {value} if kind == "wrapped" else set[fx.Node]()
+    ends = set[fx.Node]() if kind == "residual" else {value}
     escapes = tuple(node for node in handed if node not in ends and not _asked_outside(node, skip, inside))
     return Block(kind, skip, value, output, ordered, tuple(sides), escapes, scale, written, tail)
 
@@ -117,14 +120,13 @@ def _paths(flow: Dataflow, skip: fx.Node, value: fx.Node, tail: tuple[fx.Node, .
     return members
 
 
-def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int) -> None:
+def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home: str) -> None:
     """Take in what belongs to the members alone: values only they use, queries, checks, own writes.
 
     A value computed before the branch starts is taken in where the block's own module computes it.
     """
     inner = flow.nodes[flow.position[skip] + 1 : end]
     first = min((flow.position[node] for node in members), default=end)
-    home = flow.nodes[end].meta[SCOPE].path
     changed = True
     while changed:
         before = len(members)
@@ -180,10 +182,10 @@ def _follows(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]
     return any(flow.memory[target] in members for target in flow.written.get(node, ()))
 
 
-def check(flow: Dataflow, block: Block) -> Block | Rejection:
-    """The block, or the reason why it cannot be rewritten."""
+def check(flow: Dataflow, block: Block, named: bool = False) -> Block | Rejection:
+    """The block, or the reason why it cannot be rewritten; one that the caller ``named`` needs no parameters."""
     for reason, node in (
-        (Reason.NO_PARAMETERS, _without_parameters(flow, block)),
+        (Reason.NO_PARAMETERS, None if named else _without_parameters(flow, block)),
         (Reason.BROADCAST, _broadcast(block)),
         (Reason.OWN_GENERATOR, next(filter(operations.own_generator, block.members), None)),
         *_write_faults(flow, block),

@@ -20,8 +20,9 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -164,7 +165,9 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def capture(model: nn.Module, forward: Any, signature: Signature, leaves: tuple[str, ...] = ()) -> Capture:
+def capture(
+    model: nn.Module, forward: Any, signature: Signature, whole: Mapping[int, str] = MappingProxyType({})
+) -> Capture:
     """Trace ``forward(model, ...)`` for calls of the form ``signature``."""
     specs: list[pytree.TreeSpec] = []
 
@@ -175,7 +178,7 @@ def capture(model: nn.Module, forward: Any, signature: Signature, leaves: tuple[
         return flat
 
     count = sum(leaf is TENSOR for leaf in signature.leaves)
-    tracer = Tracer(entry, _argument_names(forward, signature, count), leaves)
+    tracer = Tracer(entry, _argument_names(forward, signature, count), whole)
     before = {module: dict(module.__dict__) for module in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):

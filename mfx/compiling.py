@@ -10,7 +10,7 @@
 Nothing here looks at how the model was captured for eager use.
 
 Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
-Known limits: no ``modules=``, no ``torch.export``, no momentumized model inside another or inside a higher-order
+Known limits: no ``torch.export``, no momentumized model inside another or inside a higher-order
 operation (``torch.utils.checkpoint``).
 """
 
@@ -24,13 +24,13 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from mfx.capture import ADDED
 from mfx.errors import CompileError, PlanChangedError
 from mfx.handed import kind_of, note_shape
 from mfx.lifted import mark, momentumize_graph
 from mfx.options import Options
 from mfx.region import join, part
 from mfx.rewrite import Velocity
+from mfx.whole import MODULES, named_modules, teach
 
 _REGION = "mfx_region"
 _REGIONS = "_mfx_regions"
@@ -44,8 +44,15 @@ class Traceable(Protocol):
     """
 
     options: Options
-    chains: tuple[tuple[str, ...], ...] | None
     token: str
+
+    def expected(self, root: nn.Module) -> tuple[tuple[str, ...], ...] | None:
+        """The names of each chain's blocks, where they are known."""
+        ...
+
+    def velocities(self, root: nn.Module) -> list[nn.Module]:
+        """The modules of the learned velocities, one for each chain."""
+        ...
 
 
 _serial = count()
@@ -89,12 +96,11 @@ def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], ar
     before = torch.backends.mha._is_fastpath_enabled
     # In inference attention's fast path would swallow whole layers, adds and all.
     torch.backends.mha._is_fastpath_enabled = False
-    if hasattr(root, ADDED):
-        for module in getattr(root, ADDED).values():
-            for parameter in module.parameters():
-                parameter.detach()
-            for buffer in module.buffers():
-                buffer.detach()
+    for module in momentum.velocities(root):
+        for parameter in module.parameters():
+            parameter.detach()
+        for buffer in module.buffers():
+            buffer.detach()
     comptime(_start)
     value = forward(root, *args, **kwargs)
     comptime(_leave)
@@ -123,8 +129,6 @@ def _enter(context: Any) -> None:
         )
     if output.export:
         raise CompileError(f"{name} is momentumized and cannot be exported: export the original model")
-    if momentum.options.modules:
-        raise CompileError(f"{name}: modules= takes modules whole, which a compiled graph cannot: leave it out")
     regions = output.__dict__.get(_REGIONS)
     if regions is None:
         regions = output.__dict__[_REGIONS] = _Regions()
@@ -135,6 +139,8 @@ def _enter(context: Any) -> None:
             "momentumize only one of them to compile it"
         )
     regions.open = _Region(root, momentum, set(output.graph.nodes))
+    teach()
+    output.__dict__[MODULES] = named_modules(root, momentum.options)
 
 
 def _start(context: Any) -> None:
@@ -154,6 +160,7 @@ def _leave(context: Any) -> None:
         torch.backends.mha._is_fastpath_enabled = _local(context, "before")  # what traced() would have put back
         raise _broken("a model")
     region, regions.open = regions.open, None
+    output.__dict__[MODULES] = None
     number = len(regions.closed)
     regions.closed.append(region)
     for node in output.graph.nodes:
@@ -201,10 +208,8 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
     if region.momentum.options.shapes:
         for node in inner.graph.nodes:
             note_shape(node)
-    new = momentumize_graph(
-        inner, region.momentum.options, _velocities(region.root, [inputs[node] for node in velocities])
-    )
-    expected = region.momentum.chains
+    new = momentumize_graph(inner, region.momentum.options, _velocities(region, [inputs[node] for node in velocities]))
+    expected = region.momentum.expected(region.root)
     if expected is not None and new.plan.names != expected:
         raise PlanChangedError(
             f"compiled, {type(region.root).__name__} has the chains {_listed(new.plan.names)}, and else "
@@ -218,14 +223,11 @@ def _listed(chains: Sequence[Sequence[str]]) -> str:
     return str([list(chain) for chain in chains])
 
 
-def _velocities(root: nn.Module, inputs: Sequence[fx.Node]) -> list[Velocity]:
+def _velocities(region: _Region, inputs: Sequence[fx.Node]) -> list[Velocity]:
     """What gives v_0 of each chain: its module, with the graph's inputs for its parameters and buffers."""
-    added = root._modules.get(ADDED)
-    if added is None:
-        return []
     nodes = iter(inputs)
     velocities = []
-    for module in added.children():
+    for module in region.momentum.velocities(region.root):
         names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         velocities.append((_velocity(module, names), tuple(next(nodes) for _ in names)))
     return velocities

@@ -17,6 +17,7 @@ One pass over the nodes, in order:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -72,12 +73,12 @@ def get_attribute(root: nn.Module, path: str) -> object:
     return getattr(root.get_submodule(owner), name)
 
 
-def analyse(graph: fx.Graph, root: nn.Module, whole: frozenset[fx.Node] = frozenset()) -> Dataflow:
-    """The facts of ``graph``; ``whole`` are module calls that are blocks by themselves."""
+def analyse(graph: fx.Graph, root: nn.Module, whole: Mapping[fx.Node, fx.Node] | None = None) -> Dataflow:
+    """The facts of ``graph``; ``whole`` are the values of module calls that are blocks, with their x."""
     nodes = tuple(graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     adds = {node: form for node in nodes if (form := operations.add_form(node)) is not None}
-    last_read = _last_reads(nodes, position, adds, root, whole)
+    last_read = _last_reads(nodes, position, adds, root, whole or {})
     memory = _memory(nodes, root)
     written = {node: found for node in nodes if (found := operations.writes(node, root))}
     origins, ancestors = _flow(nodes, position, last_read, memory, written)
@@ -109,7 +110,7 @@ def _last_reads(
     position: dict[fx.Node, int],
     adds: dict[fx.Node, Add],
     root: nn.Module,
-    whole: frozenset[fx.Node],
+    whole: Mapping[fx.Node, fx.Node],
 ) -> dict[fx.Node, int]:
     """Each skip candidate, with the position of the last add (or whole block) that reads it."""
     last: dict[fx.Node, int] = {}
@@ -118,8 +119,8 @@ def _last_reads(
         if form is not None:
             for operand in (form.left, form.right):
                 last[_source(operand, root)] = position[node]
-        elif node in whole and node.all_input_nodes:
-            last[_source(node.all_input_nodes[0], root)] = position[node]
+        if node in whole:
+            last[_source(whole[node], root)] = position[node]
     return last
 
 

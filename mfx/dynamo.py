@@ -25,7 +25,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ from mfx.handed import note_shape
 from mfx.lifted import mark
 from mfx.tracer import SCOPE, Constant
 from mfx.versions import source_name
+from mfx.whole import recording
 
 Run = Callable[..., Any]
 _LOGGING = "debug info warning warn error log critical exception warning_once info_once warning_advice".split()
@@ -95,13 +96,16 @@ class _Inputs(Exception):
         self.values = values
 
 
-def capture_dynamo(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DynamoCapture:
+def capture_dynamo(
+    root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Mapping[int, str]
+) -> DynamoCapture:
     """Capture ``forward(root, *args, **kwargs)``.
 
     Args:
         root: the module whose ``forward`` is captured; it is left as it is.
         forward: the function.
         args, kwargs: a call to capture it for.
+        whole: the paths of modules whose calls are to be marked (:mod:`mfx.whole`), by their id.
 
     Raises:
         CaptureError: the model does not give one graph; says where and why.
@@ -114,7 +118,8 @@ def capture_dynamo(root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs:
     # The patch has to lie inside the metrics context, which torch 2.11 would else try to write it to.
     with _slow_path(), _generators_kept(), get_metrics_context(), dynamo_timed("mfx"), _settings():
         try:
-            output = torch._dynamo.convert_frame.fullgraph_capture(bound, args, kwargs)
+            with recording(whole):
+                output = torch._dynamo.convert_frame.fullgraph_capture(bound, args, kwargs)
             if output.backend_input is None:
                 raise CaptureError(f"{type(root).__name__}.forward runs no torch operation in this call")
             manager = output.graph_capture_output.build_guards(frame.code)

@@ -21,6 +21,7 @@ Known limits: blocks whose skip and branch meet otherwise than in an add (concat
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -31,6 +32,7 @@ from mfx.dataflow import SHAPE, Dataflow, analyse
 from mfx.errors import Reason
 from mfx.operations import Add
 from mfx.tracer import RETURNED, SCOPE, Scope
+from mfx.whole import Call, calls_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,24 +44,62 @@ class Found:
     rejections: tuple[Rejection, ...]
 
 
-def find(graph: fx.Graph, root: nn.Module, leaves: frozenset[fx.Node] = frozenset()) -> Found:
-    """The blocks of ``graph``; ``leaves`` are module calls to take whole."""
-    flow = analyse(graph, root, leaves)
+def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole: bool = False) -> Found:
+    """The blocks of ``graph``.
+
+    Args:
+        graph: a captured graph; the module calls marked in it (:mod:`mfx.whole`) are blocks.
+        root: the module that it is relative to.
+        kind: what these calls are: ``"wrapped"`` blocks, or ``"branch"``, the branch of a residual add that the graph
+            has or that is to be put in.
+        only_whole: leave everything else as it is.
+    """
+    calls = calls_of(graph)
+    flow = analyse(graph, root, {call.value: call.x for call in calls})
+    whole = _whole_blocks(flow, calls, kind)
+    covered = {node for match in whole.values() if isinstance(match, Block) for node in match.members}
     matches: list[Block | Rejection] = []
     for node in flow.nodes:
-        if node in leaves:
-            matches.append(_whole(flow, node))
-        elif node in flow.adds:
+        if node in whole:
+            matches.append(whole[node])
+        elif node in flow.adds and not only_whole and node not in covered:
             match = _match(flow, node, flow.adds[node])
             matches += [match] if match is not None else []
     matches = _wrap(flow, matches)
-    names = _names(matches)
+    names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)})
     named = [replace(match, name=name) for match, name in zip(matches, names, strict=True)]
     return Found(
         flow,
         tuple(match for match in named if isinstance(match, Block)),
         tuple(match for match in named if isinstance(match, Rejection)),
     )
+
+
+def _whole_blocks(flow: Dataflow, calls: tuple[Call, ...], kind: str) -> dict[fx.Node, Block | Rejection]:
+    """The block of each marked call, by the node that it ends in."""
+    found: dict[fx.Node, Block | Rejection] = {}
+    for call in calls:
+        match = _own_add(flow, call) if kind == "branch" else None
+        if match is None:
+            match = _whole(flow, call, kind)
+        found[match.output if isinstance(match, Block) else match.add] = match
+    return found
+
+
+def _own_add(flow: Dataflow, call: Call) -> Block | Rejection | None:
+    """The residual add of the graph itself whose branch is the call, if there is one."""
+    for user in call.value.users:
+        form = flow.adds.get(user)
+        if form is not None and {flow.source(form.left), flow.source(form.right)} == {flow.source(call.x), call.value}:
+            return _match(flow, user, form)
+    return None
+
+
+def _whole(flow: Dataflow, call: Call, kind: str) -> Block | Rejection:
+    skip = flow.source(call.x)
+    if call.value is skip or skip not in flow.ancestors[call.value]:
+        return Rejection(call.value, Reason.PROJECTION, call.value)
+    return check(flow, collect(flow, kind, skip, call.value, call.value, home=call.path), named=True)
 
 
 def _match(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | None:
@@ -92,12 +132,6 @@ def _passed(operand: fx.Node, skip: fx.Node, add: fx.Node) -> tuple[fx.Node, ...
         passed.append(operand)
         reader, operand = operand, operand.all_input_nodes[0]
     return tuple(reversed(passed))
-
-
-def _whole(flow: Dataflow, node: fx.Node) -> Block | Rejection:
-    if not node.all_input_nodes:
-        return Rejection(node, Reason.PROJECTION, node)
-    return check(flow, collect(flow, "wrapped", flow.source(node.all_input_nodes[0]), node, node))
 
 
 def _shorter_path(flow: Dataflow, left: fx.Node, right: fx.Node) -> fx.Node:
@@ -186,9 +220,9 @@ def _operation(flow: Dataflow, node: fx.Node) -> object:
     return operations.name_of(node, flow.root), repr(constants), repr(sorted(node.kwargs))
 
 
-def _names(matches: list[Block | Rejection]) -> list[str]:
+def _names(matches: list[Block | Rejection], whole: Mapping[fx.Node, str]) -> list[str]:
     """Module path of each residual add, with ``#k`` where one module runs several or at the root."""
-    paths = [_path(match) for match in matches]
+    paths = [_path(match, whole) for match in matches]
     total = Counter(paths)
     seen: Counter[str] = Counter()
     names = []
@@ -198,8 +232,5 @@ def _names(matches: list[Block | Rejection]) -> list[str]:
     return names
 
 
-def _path(match: Block | Rejection) -> str:
-    node = (match.tail[0] if match.tail else match.output) if isinstance(match, Block) else match.add
-    if node.op == "call_module":
-        return str(node.target)
-    return node.meta[SCOPE].path
+def _path(match: Block | Rejection, whole: Mapping[fx.Node, str]) -> str:
+    return whole[match.add] if match.add in whole else match.add.meta[SCOPE].path

@@ -41,7 +41,7 @@ def momentumize_graph(gm: fx.GraphModule, options: Options, velocities: Sequence
 
     A chain with a random operation whose draw a compiler could not repeat keeps its activations; a warning says so.
     """
-    found = find(gm.graph, gm)
+    found = find(gm.graph, gm, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
     stored = {chain.index: node for chain in planned.chains for node in _unrepeatable(chain, gm)}
     for index, node in stored.items():

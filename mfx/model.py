@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -37,11 +37,12 @@ from mfx.errors import (
 )
 from mfx.find import Found, find
 from mfx.momentum import ChainSpec
-from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, check_patterns, make_options
+from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, make_options
 from mfx.parts import STATE
 from mfx.plan import Plan, plan
 from mfx.rewrite import Rewritten, rewrite, with_gammas
 from mfx.shapes import propagate_shapes
+from mfx.whole import named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 _MOST_GRAPHS = 32
@@ -117,6 +118,14 @@ class Momentum:
                 planned = replace(entry.plan, chains=chains, options=options)
                 entries[index] = replace(entry, plan=planned, rewritten=with_gammas(entry.rewritten, planned))
 
+    def expected(self, root: nn.Module) -> tuple[tuple[str, ...], ...] | None:
+        """The names of each chain's blocks, once the model has been captured."""
+        return self.chains
+
+    def velocities(self, root: nn.Module) -> list[nn.Module]:
+        """The modules of the learned velocities, one for each chain."""
+        return list(getattr(root, ADDED).values()) if hasattr(root, ADDED) else []
+
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
         entry = self.entry(root, args, kwargs)
@@ -162,7 +171,7 @@ class Momentum:
         try:
             return by_fx()
         except CaptureError as error:
-            if self.options.capture != "auto" or self.options.modules:
+            if self.options.capture != "auto":
                 raise
             refused = error
         try:
@@ -221,12 +230,9 @@ def prepare(
     tensors: list[torch.Tensor] | None = None,
 ) -> Entry:
     """capture -> find -> plan -> rewrite, for calls of the form ``signature``."""
-    if options.modules:
-        paths = [path for path, _ in model.named_modules() if path]
-        check_patterns("modules", options.modules, paths, "module")
-    captured = capture(model, forward, signature, options.modules)
+    captured = capture(model, forward, signature, named_modules(model, options))
     sizes = propagate_shapes(captured.graph, model, tensors) if options.shapes and tensors is not None else {}
-    found = find(captured.graph, model, frozenset(_whole_modules(captured.graph, options)))
+    found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
     return Entry(captured, found, planned, rewrite(found, planned), sizes)
 
@@ -235,20 +241,10 @@ def prepare_dynamo(
     model: nn.Module, forward: Any, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Entry:
     """The same with Dynamo, for a call of its own; what each node keeps for backward is left open."""
-    if options.modules:
-        raise OptionError("modules= needs capture='fx': a graph captured by Dynamo has no modules that are taken whole")
-    captured = capture_dynamo(model, forward, args, kwargs)
-    found = find(captured.graph, model)
+    captured = capture_dynamo(model, forward, args, kwargs, named_modules(model, options))
+    found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
     return Entry(captured, found, planned, rewrite(found, planned), {})
-
-
-def _whole_modules(graph: fx.Graph, options: Options) -> Iterator[fx.Node]:
-    from fnmatch import fnmatchcase
-
-    for node in graph.nodes:
-        if node.op == "call_module" and any(fnmatchcase(str(node.target), p) for p in options.modules):
-            yield node
 
 
 def momentumize(

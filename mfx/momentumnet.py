@@ -14,8 +14,8 @@ Known limits: functions must be modules, and return one tensor of x's shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx import operations
+from mfx.compiling import new_token, traced
 from mfx.drift import Drift
 from mfx.errors import InputTypeError, OptionError, ShapeError
 from mfx.inverse import Chain
 from mfx.momentum import ChainSpec, StepSpec
-from mfx.options import Gamma, make_options
+from mfx.options import Gamma, Options, make_options
 from mfx.parts import STATE
-from mfx.precision import schedule
+from mfx.precision import Schedule, schedule
 from mfx.reversible import run
 
 _Names = tuple[tuple[tuple[str, str], ...], ...]
@@ -93,19 +94,23 @@ class MomentumNet(nn.Module):
         super().__init__()
         members = {str(index): function for index, function in enumerate(_listed(functions))}
         if init_speed and init_function is None:
-            raise OptionError("init_speed=True takes v_0 from init_function, which is None: give a module from x to v_0")
+            raise OptionError("init_speed=True takes v_0 from init_function, which is None: give a module x -> v_0")
         if init_function is not None:
             members["init"] = _checked_module(init_function, "init_function")
         self.network = nn.ModuleDict(members)
         self.init_speed = bool(init_speed)
-        options = make_options(state_dtype=state_dtype, tolerance=tolerance)
-        self.__dict__[STATE] = _Net(len(self), options.state_dtype, options.tolerance)
+        options = Options(modules=("network.[0-9]*",), only_whole=True, velocity=_learned if init_speed else "zero")
+        checked = make_options(state_dtype=state_dtype, tolerance=tolerance)
+        options = replace(options, state_dtype=checked.state_dtype, tolerance=checked.tolerance)
+        self.__dict__[STATE] = _Net(options, _names(self.functions))
         self.gamma = gamma
         self.use_backprop = use_backprop
         self.is_residual = is_residual
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x_n from x; the extra arguments are handed to every function."""
+        if torch.compiler.is_dynamo_compiling():
+            return traced(self, getattr(self, STATE), _in_sequence, (x, *args), kwargs)
         leaves, layout = pytree.tree_flatten((args, kwargs))
         _refuse_hidden(leaves)
         spec, operands = self._chain(layout, leaves)
@@ -142,12 +147,12 @@ class MomentumNet(nn.Module):
     @property
     def init_function(self) -> nn.Module | None:
         """The module from x to v_0, if one was given."""
-        return self.network["init"] if "init" in self.network else None
+        return self.network._modules.get("init")
 
     @property
     def gamma(self) -> float:
         """The momentum; set it to change it."""
-        return self.__dict__[STATE].gamma
+        return self.__dict__[STATE].options.gamma
 
     @gamma.setter
     def gamma(self, gamma: float) -> None:
@@ -155,7 +160,25 @@ class MomentumNet(nn.Module):
             raise InputTypeError(f"gamma must be a float in [0, 1], not {type(gamma).__name__} ({gamma!r})")
         if math.isnan(gamma) or not 0 <= gamma <= 1:
             raise OptionError(f"gamma={gamma!r}: it must be a float in [0, 1], such as 0.9")
-        self.__dict__[STATE].gamma = float(gamma)
+        self.__dict__[STATE].change(gamma=float(gamma))
+
+    @property
+    def use_backprop(self) -> bool:
+        """Whether activations are stored; set it to change it."""
+        return not self.__dict__[STATE].options.reversible
+
+    @use_backprop.setter
+    def use_backprop(self, use_backprop: bool) -> None:
+        self.__dict__[STATE].change(reversible=not use_backprop)
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether the functions are branches, not whole blocks; set it to change it."""
+        return self.__dict__[STATE].options.kind == "branch"
+
+    @is_residual.setter
+    def is_residual(self, is_residual: bool) -> None:
+        self.__dict__[STATE].change(kind="branch" if is_residual else "wrapped")
 
     def __len__(self) -> int:
         return sum(name != "init" for name in self.network)
@@ -170,8 +193,8 @@ class MomentumNet(nn.Module):
         velocity = self.network["init"](x)
         if velocity.shape != x.shape:
             raise ShapeError(
-                f"init_function returned shape {tuple(velocity.shape)}, but x has shape {tuple(x.shape)}: v_0 must have "
-                "the shape of x"
+                f"init_function returned shape {tuple(velocity.shape)}, but x has shape {tuple(x.shape)}: v_0 must "
+                "have the shape of x"
             )
         return velocity
 
@@ -186,7 +209,7 @@ class MomentumNet(nn.Module):
             parameters, tensors = names[function]
             steps.append(self._step(path, function, layout, len(leaves), parameters))
             operands.append((*leaves, *tensors))
-        return self.__dict__[STATE].spec(tuple(steps), not self.use_backprop), operands
+        return self.__dict__[STATE].spec(tuple(steps)), operands
 
     def _step(
         self, path: str, function: nn.Module, layout: pytree.TreeSpec, sides: int, parameters: _Names
@@ -215,29 +238,47 @@ class MomentumNet(nn.Module):
         return Chain(spec, self), [leaves] * len(spec.steps)
 
 
+def _learned(chain: object) -> nn.Module:
+    """Stands in the options of a net whose velocity is learned; its module is in the net."""
+    raise AssertionError(f"{chain} has its velocity from init_function")
+
+
+def _in_sequence(net: MomentumNet, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a compiler traces: the functions one after another, each of which will be a block."""
+    for function in net.functions:
+        x = function(x, *args, **kwargs)
+    return x
+
+
 @dataclass(eq=False)
 class _Net:
-    """The momentum side of a MomentumNet, a :class:`mfx.parts.Part`."""
+    """The momentum side of a MomentumNet: a :class:`mfx.parts.Part`, which can be compiled."""
 
-    size: int
-    state_dtype: torch.dtype | str
-    tolerance: float | None
-    gamma: float = 0.9
+    options: Options
+    names: tuple[str, ...]
     chain: ChainSpec | None = None
+    token: str = field(default_factory=new_token)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "chain": None}
 
-    def spec(self, steps: tuple[StepSpec, ...], reversible: bool) -> ChainSpec:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, token=new_token())
+
+    def change(self, **options: Any) -> None:
+        """Run with other options from the next forward on."""
+        self.options, self.token = replace(self.options, **options), new_token()
+
+    def spec(self, steps: tuple[StepSpec, ...]) -> ChainSpec:
         """The chain of ``steps``; all chains of a net share what their backwards measure."""
         drift = Drift() if self.chain is None else self.chain.drift
-        planned = partial(_schedule, tuple(step.gamma for step in steps), self.state_dtype, self.tolerance)
-        self.chain = ChainSpec("momentum_0", steps, planned, reversible=reversible, drift=drift)
+        planned = partial(_schedule, tuple(step.gamma for step in steps), self.options)
+        self.chain = ChainSpec("momentum_0", steps, planned, reversible=self.options.reversible, drift=drift)
         return self.chain
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the functions."""
-        return tuple(f"network.{index}" for index in range(self.size))
+        return self.names
 
     def specs(self) -> tuple[ChainSpec, ...]:
         """The chain of the last call."""
@@ -249,28 +290,43 @@ class _Net:
         """One gamma for all functions."""
         if not isinstance(gamma, Real):
             raise OptionError(f"a MomentumNet has one gamma for all its functions, not {gamma!r}: give a float")
-        self.gamma = float(gamma)
+        self.change(gamma=float(gamma))
+
+    def expected(self, root: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """All functions are one chain."""
+        return (self.names,)
+
+    def velocities(self, root: MomentumNet) -> list[nn.Module]:
+        """The function that gives v_0, if it is used."""
+        return [root.network["init"]] if root.init_speed else []
 
 
-def _schedule(
-    gammas: tuple[float, ...], state: torch.dtype | str, tolerance: float | None, dtype: torch.dtype, *given: Any
-) -> Any:
-    return schedule(gammas, dtype, state, tolerance, *given)
+def _schedule(gammas: tuple[float, ...], options: Options, dtype: torch.dtype, *given: Any) -> Schedule:
+    return schedule(gammas, dtype, options.state_dtype, options.tolerance, *given)
+
+
+def _names(functions: list[nn.Module]) -> tuple[str, ...]:
+    """The names of the blocks: where a module is there several times, its first path and a number."""
+    paths = [f"network.{functions.index(function)}" for function in functions]
+    return tuple(
+        f"{path}#{paths[:index].count(path)}" if paths.count(path) > 1 else path for index, path in enumerate(paths)
+    )
 
 
 def _call(path: str, layout: pytree.TreeSpec, net: nn.Module, x: Tensor, *leaves: Any) -> tuple[Tensor]:
     """The branch of one step."""
     args, kwargs = pytree.tree_unflatten(leaves, layout)
-    value = net.get_submodule(path)(x, *args, **kwargs)
+    function = net.get_submodule(path)
+    value = function(x, *args, **kwargs)
     if not isinstance(value, Tensor):
         raise ShapeError(
-            f"function {path} ({type(net.get_submodule(path)).__name__}) returned {type(value).__name__}, not a tensor: "
-            "a function maps x to a tensor of its shape. Wrap it in a module that picks one"
+            f"function {path} ({type(function).__name__}) returned {type(value).__name__}, not a tensor: a function "
+            "maps x to a tensor of its shape. Wrap it in a module that picks one"
         )
     if value.shape != x.shape:
         raise ShapeError(
-            f"function {path} ({type(net.get_submodule(path)).__name__}) returned shape {tuple(value.shape)}, but x has "
-            f"shape {tuple(x.shape)}: a function must keep the shape. Leave those that change it out of the MomentumNet"
+            f"function {path} ({type(function).__name__}) returned shape {tuple(value.shape)}, but x has shape "
+            f"{tuple(x.shape)}: a function must keep the shape. Leave those that change it out of the MomentumNet"
         )
     return (value,)
 

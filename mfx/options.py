@@ -29,7 +29,11 @@ _CAPTURES = ("auto", "fx", "dynamo")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one rewriting; see :func:`mfx.momentumize` for their meaning."""
+    """The options of one rewriting; see :func:`mfx.momentumize` for their meaning.
+
+    ``kind`` and ``only_whole`` say what the named modules are, and whether there are other blocks (:mod:`mfx.find`);
+    ``shapes`` whether shapes are known when planning.
+    """
 
     gamma: float | tuple[tuple[str, float], ...] = 0.9
     include: tuple[str, ...] = ()
@@ -41,6 +45,12 @@ class Options:
     tolerance: float | None = None
     capture: str = "auto"
     shapes: bool = False
+    kind: str = "wrapped"
+    only_whole: bool = False
+
+    def named(self, paths: Iterable[str]) -> list[str]:
+        """Those of the module ``paths`` that ``modules`` names."""
+        return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in self.modules)]
 
     def selects(self, name: str) -> bool:
         """Whether ``include`` and ``exclude`` let a block through."""

@@ -22,9 +22,9 @@ import contextlib
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import count
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from mfx import operations
+from mfx.whole import mark
 
 SCOPE = "mfx_scope"
 """node.meta key: the :class:`Scope` in which the node ran."""
@@ -75,20 +76,21 @@ class Constant:
 
 
 class Tracer(fx.Tracer):
-    """Traces ``forward(root, *proxies)``; modules whose path matches ``leaves`` are taken whole."""
+    """Traces ``forward(root, *proxies)``; modules in ``whole`` (path by id) are taken whole."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, entry: Callable[..., Any], arguments: list[str], leaves: tuple[str, ...]) -> None:
+    def __init__(self, entry: Callable[..., Any], arguments: list[str], whole: Mapping[int, str]) -> None:
         super().__init__()
         self.entry = entry
         self.arguments = arguments
-        self.leaves = leaves
+        self.whole = whole
         self.current = Scope("", 0)
         self.failed_in: Scope | None = None
         self.entered: dict[str, nn.Module] = {}
         self.called: dict[str, nn.Module] = {}
         self._calls: Counter[str] = Counter()
+        self._numbers = count()
         self._constants: dict[int, Constant] = {}
         self._paths: dict[int, str] = {}
 
@@ -104,7 +106,7 @@ class Tracer(fx.Tracer):
         return self.entry, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if any(fnmatchcase(module_qualified_name, pattern) for pattern in self.leaves):
+        if id(m) in self.whole:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _CONTAINERS)
 
@@ -112,7 +114,10 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             self.called[path] = m
-            return self.create_proxy("call_module", path, args, kwargs)
+            proxy = self.create_proxy("call_module", path, args, kwargs)
+            if id(m) in self.whole and proxy.node.all_input_nodes:
+                mark(next(self._numbers), self.whole[id(m)], proxy.node.all_input_nodes[0], proxy.node)
+            return proxy
         outer, self.current = self.current, Scope(path, self._calls[path])
         self._calls[path] += 1
         self.entered[path] = m

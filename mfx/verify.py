@@ -30,9 +30,9 @@ from mfx.memory import kept_bytes
 from mfx.model import momentum_of, momentumize
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma
+from mfx.parts import drift
 from mfx.precision import Schedule, default_tolerance
 from mfx.recompute import autocast_dtype
-from mfx.parts import drift
 from mfx.report import format_bytes
 from mfx.reversible import observing
 
