@@ -23,6 +23,7 @@ from mfx.model import graph_of, momentumize
 from mfx.momentumnet import MomentumNet
 from mfx.parts import drift, set_gamma
 from mfx.report import Report, report
+from mfx.transform import transform_to_momentumnet
 from mfx.verify import ChainVerification, Verification, verify
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "momentumize",
     "report",
     "set_gamma",
+    "transform_to_momentumnet",
     "verify",
 ]

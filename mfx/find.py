@@ -79,19 +79,20 @@ def _whole_blocks(flow: Dataflow, calls: tuple[Call, ...], kind: str) -> dict[fx
     """The block of each marked call, by the node that it ends in."""
     found: dict[fx.Node, Block | Rejection] = {}
     for call in calls:
-        match = _own_add(flow, call) if kind == "branch" else None
+        add = own_add(flow, call.x, call.value) if kind == "branch" else None
+        match = None if add is None else _match(flow, add, flow.adds[add])
         if match is None:
             match = _whole(flow, call, kind)
         found[match.output if isinstance(match, Block) else match.add] = match
     return found
 
 
-def _own_add(flow: Dataflow, call: Call) -> Block | Rejection | None:
-    """The residual add of the graph itself whose branch is the call, if there is one."""
-    for user in call.value.users:
+def own_add(flow: Dataflow, x: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The graph's own add of ``x`` and ``value``, if there is one."""
+    for user in value.users:
         form = flow.adds.get(user)
-        if form is not None and {flow.source(form.left), flow.source(form.right)} == {flow.source(call.x), call.value}:
-            return _match(flow, user, form)
+        if form is not None and {flow.source(form.left), flow.source(form.right)} == {flow.source(x), value}:
+            return user
     return None
 
 

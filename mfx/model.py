@@ -35,14 +35,13 @@ from mfx.errors import (
     OptionError,
     PlanChangedError,
 )
-from mfx.find import Found, find
+from mfx.find import Found, find, own_add
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, make_options
-from mfx.parts import STATE
 from mfx.plan import Plan, plan
 from mfx.rewrite import Rewritten, rewrite, with_gammas
 from mfx.shapes import propagate_shapes
-from mfx.whole import named_modules
+from mfx.whole import STATE, named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 _MOST_GRAPHS = 32
@@ -234,6 +233,7 @@ def prepare(
     sizes = propagate_shapes(captured.graph, model, tensors) if options.shapes and tensors is not None else {}
     found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
+    _require_whole(model, found, planned)
     return Entry(captured, found, planned, rewrite(found, planned), sizes)
 
 
@@ -244,7 +244,29 @@ def prepare_dynamo(
     captured = capture_dynamo(model, forward, args, kwargs, named_modules(model, options))
     found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
+    _require_whole(model, found, planned)
     return Entry(captured, found, planned, rewrite(found, planned), {})
+
+
+def _require_whole(model: nn.Module, found: Found, planned: Plan) -> None:
+    """Where nothing but the named modules was to be rewritten, each of them must be."""
+    if not planned.options.only_whole:
+        return
+    kept = {row.name.partition("#")[0]: row.text for row in planned.rejections}
+    rewritten = {name.partition("#")[0] for chain in planned.names for name in chain}
+    for path in named_modules(model, planned.options).values():
+        if path not in rewritten or path in kept:
+            why = kept.get(path, f"{type(model).__name__}.forward does not call it, or not for a tensor")
+            raise OptionError(
+                f"{path} of {type(model).__name__} cannot become a momentum step: {why}. Leave it out of the layers"
+            )
+    if planned.options.kind == "wrapped":
+        own = next((block for block in found.blocks if own_add(found.flow, block.skip, block.value) is not None), None)
+        if own is not None:
+            raise OptionError(
+                f"{type(model).__name__}.forward itself adds x to the value of {own.name}, so it is a branch and not a "
+                "whole block: pass is_residual=True"
+            )
 
 
 def momentumize(
@@ -331,6 +353,19 @@ def momentumize(
     if callable(options.velocity):
         chains = {str(chain.index): options.velocity(chain) for chain in entry.plan.chains}
         mm.add_module(ADDED, nn.ModuleDict(chains))
+    return mm
+
+
+def momentum_version(model: Model, options: Options) -> Model:
+    """The momentumized model for ``options``; one that needs Dynamo is captured by its first call."""
+    check_model(model)
+    momentum = Momentum(type(model), options)
+    mm = _shallow_copy(model, momentum)
+    try:
+        momentum.warn_of_hooks(momentum.first(mm, None), stacklevel=4)
+    except CaptureError:
+        if options.capture == "fx":
+            raise
     return mm
 
 

@@ -31,9 +31,9 @@ from mfx.errors import InputTypeError, OptionError, ShapeError
 from mfx.inverse import Chain
 from mfx.momentum import ChainSpec, StepSpec
 from mfx.options import Gamma, Options, make_options
-from mfx.parts import STATE
 from mfx.precision import Schedule, schedule
 from mfx.reversible import run
+from mfx.whole import STATE
 
 _Names = tuple[tuple[tuple[str, str], ...], ...]
 _NO_ARGUMENTS = pytree.tree_flatten(((), {}))[1]

@@ -1,8 +1,8 @@
 """Parts: the modules of a model that run momentum chains, and what can be asked of all of them at once.
 
 A *part* is a momentumized module or a :class:`mfx.MomentumNet`, anywhere in a model; it is recognized by its state,
-:class:`Part`, under the name :data:`STATE`.  A block of a part has a name in the whole model: that of the part's
-module, a dot, and the block's name in the part.
+:class:`Part`, under the name :data:`mfx.whole.STATE`.  A block of a part has a name in the whole model: that of the
+part's module, a dot, and the block's name in the part.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from torch import nn
 from mfx.errors import InputTypeError, OptionError
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma, check_gamma, gamma_of
-
-STATE = "_mfx"
-"""The attribute in which a module holds its momentum side."""
+from mfx.whole import STATE
 
 
 @runtime_checkable

@@ -32,7 +32,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from mfx import operations
-from mfx.whole import mark
+from mfx.whole import STATE, mark
 
 SCOPE = "mfx_scope"
 """node.meta key: the :class:`Scope` in which the node ran."""
@@ -106,7 +106,7 @@ class Tracer(fx.Tracer):
         return self.entry, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.whole:
+        if id(m) in self.whole or STATE in m.__dict__:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _CONTAINERS)
 

@@ -26,6 +26,8 @@ TAKEN = "mfx_taken"
 """node.meta key: the numbers of the calls that take this value as x."""
 GIVEN = "mfx_given"
 """node.meta key: number and module path of the call that gives this value."""
+STATE = "_mfx"
+"""The attribute in which a module holds its momentum side (:mod:`mfx.parts`); such a module is always taken whole."""
 MODULES = "_mfx_modules"
 """The attribute of Dynamo's output graph for the paths of the modules to be marked, by id."""
 
