@@ -96,8 +96,8 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trajectories of ResNets and Momentum ResNets on a line.")
-    parser.add_argument("--depth", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--depth", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=250, help="training steps")
     parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
     parser.add_argument("--out", type=Path, default=PICTURE)
     options = parser.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
     for epsilon in (0.0, 0.2, 1.0):
         net = network(depth, epsilon)
         loss = train(net, x, steps)
-        name = f"Momentum ResNet, epsilon = {epsilon:g}" if epsilon else "ResNet"
+        name = f"momentum, epsilon = {epsilon:g}" if epsilon else "ResNet"
         found[name] = trajectories(net, x)
         crossed, pairs = crossings(found[name])
         table.add_row(name, f"{net.gamma:.3f}", f"{loss:.5f}", f"{x.square().mean():.5f}", f"{crossed} of {pairs}")

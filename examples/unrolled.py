@@ -5,21 +5,19 @@ Sparse coding finds, for a signal y and a dictionary D, the x with the least las
 
     x <- soft_threshold(W_x x + W_y y, theta),    W_x = I - D^T D / L,    W_y = D^T / L,    theta = lambda / L.
 
-LISTA starts from these weights and trains all of them on the objective itself, which few layers then bring down
-further than the same number of ISTA steps. Soft thresholding cannot be undone, so LISTA has to store every layer.
-`mfx.MomentumNet(layers, gamma, is_residual=False, use_backprop=False)` runs the same layers as a reversible network
-(v <- gamma v + (1 - gamma) (layer(x, y) - x), x <- x + v), from the same weights; y is an extra argument. The other
-network is a RevNet: x in two halves, a <- a + f(b, y), b <- b + g(a, y), where f and g are layers of the same kind.
-It is invertible too, but a step of ISTA is none of its steps.
+LISTA starts from these weights and trains all of them on the objective itself. Soft thresholding cannot be undone,
+so LISTA stores every layer. As `mfx.MomentumNet(layers, gamma, is_residual=False, use_backprop=False)` the same
+layers, from the same weights, are a reversible network: v <- gamma v + (1 - gamma) (layer(x, y) - x), x <- x + v, with
+y as an extra argument. At gamma = 0 it is LISTA. A RevNet is invertible by other means, x in two halves,
+a <- a + f(b, y), b <- b + g(a, y) with such layers as f and g; but a step of ISTA is none of its steps.
 
-Every network sees fresh signals in each training step. The picture shows how far above the lasso optimum (found by
-FISTA) each of them ends on test signals: mean and range over the seeds, each with its own dictionary.
+Every training step draws fresh signals. The picture shows how far above the optimum (found by FISTA) the objective
+is on test signals: mean and range over seeds, each with its own dictionary.
 
 Reference: Sander, Ablin, Blondel and Peyré, "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import matplotlib
@@ -38,10 +36,6 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "unrolled.
 COLOURS = {"ISTA": "#8d8d8d", "RevNet": "#dd8f2d", "LISTA": "#c44e52", "momentum": "#2a6f97"}
 
 
-def soft_threshold(z: Tensor, theta: Tensor | float) -> Tensor:
-    return z.sign() * (z.abs() - theta).relu()
-
-
 class Layer(nn.Module):
     """x -> soft_threshold(W_x x + W_y y, theta)."""
 
@@ -51,20 +45,12 @@ class Layer(nn.Module):
         self.theta = nn.Parameter(torch.full((len(w_x),), theta))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return soft_threshold(x @ self.w_x.T + y @ self.w_y.T, self.theta)
-
-
-class Unrolled(nn.Sequential):
-    """The layers one after the other: ISTA, and after training LISTA."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x, y)
-        return x
+        z = x @ self.w_x.T + y @ self.w_y.T
+        return z.sign() * (z.abs() - self.theta).relu()
 
 
 class RevNet(nn.Sequential):
-    """Additive coupling: two layers a step, each of which reads one half of x and adds to the other."""
+    """Additive coupling: each layer reads one half of x and adds to the other; two layers make a step."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=1)
@@ -74,15 +60,13 @@ class RevNet(nn.Sequential):
 
 
 class Lasso:
-    """A random dictionary with columns of norm one, and signals that sparse codes and some noise make."""
+    """A random dictionary with columns of norm one; its signals have sparse codes, and some noise."""
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dictionary = torch.randn(SIGNAL, CODE, generator=self.random)
         self.dictionary = dictionary / dictionary.norm(dim=0)
-        step = 1 / torch.linalg.matrix_norm(self.dictionary, 2).item() ** 2
-        self.w_x = torch.eye(CODE) - step * self.dictionary.T @ self.dictionary
-        self.w_y, self.theta = step * self.dictionary.T, step * LAMBDA
+        self.step = 1 / torch.linalg.matrix_norm(self.dictionary, 2).item() ** 2
 
     def signals(self, count: int) -> Tensor:
         chosen = torch.rand(count, CODE, generator=self.random) < 0.1
@@ -92,33 +76,40 @@ class Lasso:
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         return ((y - x @ self.dictionary.T).square().sum(dim=1) / 2 + LAMBDA * x.abs().sum(dim=1)).mean()
 
+    def layer(self, to: slice = slice(None), of: slice = slice(None), scale: float = 1.0) -> Layer:
+        """A step of ISTA as a layer, or the part of it that takes the coordinates `of` to the coordinates `to`."""
+        w_x = torch.eye(CODE) - self.step * self.dictionary.T @ self.dictionary
+        w_y = self.step * self.dictionary.T
+        return Layer(scale * w_x[to, of], scale * w_y[to], scale * self.step * LAMBDA)
+
+    @torch.no_grad()
     def optimum(self, y: Tensor) -> float:
         """The least objective, by 2000 iterations of FISTA."""
+        ista, t = self.layer(), 1.0
         x = z = torch.zeros(len(y), CODE)
-        t = 1.0
         for _ in range(2000):
-            after, t_after = soft_threshold(z @ self.w_x.T + y @ self.w_y.T, self.theta), (1 + (1 + 4 * t * t) ** 0.5) / 2
-            x, z, t = after, after + (t - 1) / t_after * (after - x), t_after
+            before, x, last, t = x, ista(z, y), t, (1 + (1 + 4 * t * t) ** 0.5) / 2
+            z = x + (last - 1) / t * (x - before)
         return self.objective(x, y).item()
 
     def networks(self, depth: int, gamma: float) -> dict[str, nn.Module]:
-        """The networks of `depth` layers before training; all layers start from the weights of ISTA."""
-        layers = [[Layer(self.w_x, self.w_y, self.theta) for _ in range(depth)] for _ in range(3)]
-        halves = [slice(0, CODE // 2), slice(CODE // 2, CODE)] * depth  # 1 / depth: a sum of depth steps, not the last
-        coupled = [(self.w_x[to, :][:, of] / depth, self.w_y[to] / depth) for to, of in zip(halves, halves[1:] + halves[:1])]
+        """The networks before training. RevNet adds up all its layers, so each starts 1 / depth as large."""
+        a, b = slice(0, CODE // 2), slice(CODE // 2, CODE)
+        coupling = [self.layer(*pair, scale=1 / depth) for _ in range(depth) for pair in ((a, b), (b, a))]
+        ista, lista, momentum = ([self.layer() for _ in range(depth)] for _ in range(3))
         return {
-            "ISTA": Unrolled(*layers[0]),
-            "RevNet": RevNet(*(Layer(w_x, w_y, self.theta / depth) for w_x, w_y in coupled)),
-            "LISTA": Unrolled(*layers[1]),
-            "momentum": mfx.MomentumNet(layers[2], gamma, is_residual=False, use_backprop=False),
+            "ISTA": mfx.MomentumNet(ista, gamma=0, is_residual=False),
+            "RevNet": RevNet(*coupling),
+            "LISTA": mfx.MomentumNet(lista, gamma=0, is_residual=False),
+            "momentum": mfx.MomentumNet(momentum, gamma, is_residual=False, use_backprop=False),
         }
 
 
 def train(net: nn.Module, lasso: Lasso, steps: int) -> None:
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        y = lasso.signals(256)
+        y = lasso.signals(128)
         loss = lasso.objective(net(torch.zeros(len(y), CODE), y), y)
         optimizer.zero_grad()
         loss.backward()
@@ -126,31 +117,28 @@ def train(net: nn.Module, lasso: Lasso, steps: int) -> None:
         schedule.step()
 
 
-def excess(depths: list[int], seed: int, steps: int, gamma: float) -> dict[tuple[str, int], float]:
-    """Test objective above the optimum, of every network."""
+def excess(depth: int, seed: int, steps: int, gamma: float) -> dict[str, float]:
+    """The objective above the optimum on test signals, for every network."""
     lasso = Lasso(seed)
     y = lasso.signals(1000)
-    optimum = lasso.optimum(y)
-    found = {}
-    for depth in depths:
-        for name, net in lasso.networks(depth, gamma).items():
-            if name != "ISTA":
-                train(net, lasso, steps)
-            with torch.no_grad():
-                found[name, depth] = lasso.objective(net(torch.zeros(len(y), CODE), y), y).item() - optimum
+    found, optimum = {}, lasso.optimum(y)
+    for name, net in lasso.networks(depth, gamma).items():
+        if name != "ISTA":
+            train(net, lasso, steps)
+        with torch.no_grad():
+            found[name] = lasso.objective(net(torch.zeros(len(y), CODE), y), y).item() - optimum
     return found
 
 
-def draw(depths: list[int], found: dict[tuple[str, int], list[float]], path: Path) -> None:
+def draw(depths: list[int], found: dict[str, Tensor], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9.6, 4.4), layout="constrained")
-    for name, colour in COLOURS.items():
-        values = [found[name, depth] for depth in depths]
-        axis.fill_between(depths, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
-        axis.plot(depths, [statistics.mean(v) for v in values], "o-", color=colour, lw=2, ms=5, label=name)
+    for name, values in found.items():
+        axis.fill_between(depths, values.amin(1), values.amax(1), color=COLOURS[name], alpha=0.2, lw=0)
+        axis.plot(depths, values.mean(1), "o-", color=COLOURS[name], lw=2, ms=5, label=name)
+        axis.annotate(name, (depths[-1], values[-1].mean()), (8, -4), textcoords="offset points", color=COLOURS[name])
     axis.set(yscale="log", xticks=depths, xlabel="depth (layers)", ylabel="lasso objective above the optimum")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")
-    axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -158,18 +146,17 @@ def draw(depths: list[int], found: dict[tuple[str, int], list[float]], path: Pat
 def main() -> None:
     parser = argparse.ArgumentParser(description="A learned sparse coder, made reversible.")
     parser.add_argument("--gamma", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
     parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
     parser.add_argument("--out", type=Path, default=PICTURE)
     options = parser.parse_args()
-    depths, seeds, steps = ([2, 4], 2, 20) if options.quick else ([2, 4, 8, 12, 16, 20], 3, options.steps)
+    depths, seeds, steps = ([2, 4], 2, 10) if options.quick else ([2, 5, 10, 20], 3, 200)
 
-    runs = [excess(depths, seed, steps, options.gamma) for seed in range(seeds)]
-    found = {key: [run[key] for run in runs] for key in runs[0]}
-    table = Table("depth", *COLOURS, title=f"lasso objective above the optimum: mean (range) of {seeds} seeds")
-    for depth in depths:
-        cells = [found[name, depth] for name in COLOURS]
-        table.add_row(str(depth), *(f"{statistics.mean(c):.4f} ({min(c):.4f} to {max(c):.4f})" for c in cells))
+    runs = [[excess(depth, seed, steps, options.gamma) for seed in range(seeds)] for depth in depths]
+    found = {name: torch.tensor([[run[name] for run in row] for row in runs]) for name in COLOURS}
+    table = Table("depth", *COLOURS, title=f"lasso objective above the optimum\nmean and range of {seeds} seeds")
+    for index, depth in enumerate(depths):
+        cells = [values[index] for values in found.values()]
+        table.add_row(str(depth), *(f"{cell.mean():.4f}\n{cell.amin():.4f}-{cell.amax():.4f}" for cell in cells))
     Console().print(table)
     draw(depths, found, options.out)
 

@@ -75,7 +75,7 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
             f"gamma={gamma!r} gives no value to blocks {sorted(left_out)}, which are rewritten: add a pattern for them"
         )
     for path, part in parts.items():
-        part.set_gamma(gamma if not path or isinstance(checked, float) else _within(path, part, checked))
+        part.set_gamma(_within(path, part, checked) if path and isinstance(checked, tuple) else gamma)
 
 
 def _full(path: str, part: Part) -> list[str]:

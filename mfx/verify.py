@@ -94,15 +94,14 @@ class Verification:
             from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MfxError("Verification.plot needs matplotlib: pip install 'mfx[plot]'") from error
-        axes = Figure(layout="constrained").add_subplot()
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot()
         for chain in self.chains:
             axes.plot(range(len(chain.reconstruction)), chain.reconstruction, marker=".", label=chain.name)
         axes.axhline(self.tolerance, color="gray", linestyle="--", label="tolerance")
         axes.set_yscale("symlog", linthresh=1e-17)
         axes.set(xlabel="depth", ylabel="relative error of the reconstructed x", title=self.model)
         axes.legend()
-        figure = axes.get_figure()
-        assert figure is not None
         figure.savefig(path)
 
     @property

@@ -81,11 +81,11 @@ def teach() -> None:
     """Have Dynamo mark module calls: those of :func:`recording`, or of a graph's own attribute ``MODULES``."""
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
-    original = UnspecializedNNModuleVariable.call_function
+    original = getattr(UnspecializedNNModuleVariable, _CALL)
     if getattr(original, "__module__", "") == __name__:
         return
 
-    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    def marked(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         modules = _everywhere[-1] if _everywhere else tx.output.__dict__.get(MODULES)
         path = modules.get(id(self.value)) if modules else None
         if path is None or tx.output.__dict__.get(_INSIDE):
@@ -103,10 +103,11 @@ def teach() -> None:
             mark(len(numbers), path, x, given)
         return value
 
-    call_function.__module__ = __name__
-    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+    setattr(UnspecializedNNModuleVariable, _CALL, marked)
 
 
+_CALL = "call_function"
+"""Dynamo's method for calls of modules."""
 _INSIDE = "_mfx_inside"
 _NUMBERS = "_mfx_numbers"
 
