@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -24,6 +23,7 @@ from statistics import mean, median, stdev
 import matplotlib
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -38,7 +38,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "digits.png"
-BATCH = 64
+BATCH, GAMMA = 64, 0.9
 COLOURS = {"ResNet": "#56606e", "Momentum, stored": "#d1781f", "Momentum, reversible": "#1f7a8c"}
 PLAIN, STORED, REVERSIBLE = COLOURS
 
@@ -59,11 +59,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        norms = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        convolutions = [nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False) for _ in norms]
-        self.branch = nn.Sequential(
-            norms[0], nn.ReLU(), convolutions[0], norms[1], nn.ReLU(), nn.Dropout(0.1), convolutions[1]
-        )
+        first, second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        opening, middle = ((nn.BatchNorm2d(width), nn.ReLU()) for _ in range(2))
+        self.branch = nn.Sequential(*opening, first, *middle, nn.Dropout(0.1), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -77,119 +75,128 @@ def resnet(depth: int) -> nn.Sequential:
     return nn.Sequential(stem, *narrow, down, *wide, *tail)
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> tuple[Tensor, ...]:
     """Training pictures, test pictures, training labels, test labels: three quarters and one quarter."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 1, 8, 8).astype("float32") / 16
-    first, second, third, fourth = train_test_split(images, labels, stratify=labels, random_state=0)
-    return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third), torch.from_numpy(fourth)
+    return tuple(map(torch.from_numpy, train_test_split(images, labels, stratify=labels, random_state=0)))
 
 
-def train(models: Mapping[str, nn.Module], data: tuple[Tensor, ...], epochs: int, seed: int) -> dict[str, list[float]]:
-    """Train the models in place, step by step in turn; the seconds that each step took."""
-    images, _, labels, _ = data
+def networks(seed: int, depth: int, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """The three networks; momentumize shares parameters with what it is given, so each gets a copy."""
+    torch.manual_seed(seed)
+    plain = resnet(depth).to(dtype)
+    stored = mfx.momentumize(copy.deepcopy(plain), gamma=GAMMA, reversible=False)
+    return {PLAIN: plain, STORED: stored, REVERSIBLE: mfx.momentumize(copy.deepcopy(plain), gamma=GAMMA)}
+
+
+def train(models: dict[str, nn.Module], images: Tensor, labels: Tensor, epochs: int, seed: int) -> list[list[float]]:
+    """Train the models in place, step by step in turn; for each, the seconds of its steps."""
     order = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs) for batch in torch.randperm(len(images), generator=order).split(BATCH)[:-1]]
-    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for name, model in models.items()}
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=len(batches))
-        for optimizer in optimizers.values()
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for model in models.values()
     ]
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=len(batches)) for each in optimizers]
+    seconds: list[list[float]] = [[] for _ in models]
     for step, batch in enumerate(batches):
-        for name, model in models.items():
+        for model, optimizer, schedule, spent in zip(models.values(), optimizers, schedules, seconds, strict=True):
             torch.manual_seed(10_000 * seed + step)  # the same dropout masks for each
             start = time.perf_counter()
-            optimizers[name].zero_grad()
+            optimizer.zero_grad()
             cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizers[name].step()
-            seconds[name].append(time.perf_counter() - start)
-        for schedule in schedules:
+            optimizer.step()
+            spent.append(time.perf_counter() - start)
             schedule.step()
     return seconds
 
 
-def compare(seeds: int, epochs: int, depth: int, gamma: float, console: Console) -> dict[str, Results]:
+def compare(seeds: int, epochs: int, depth: int) -> dict[str, Results]:
     """Train the three networks from every seed."""
-    data = digits()
-    images, test_images, labels, test_labels = data
+    images, test_images, labels, test_labels = digits()
     results = {name: Results() for name in COLOURS}
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        plain = resnet(depth)
-        stored = mfx.momentumize(copy.deepcopy(plain), gamma=gamma, reversible=False)
-        models = {PLAIN: plain, STORED: stored, REVERSIBLE: mfx.momentumize(copy.deepcopy(plain), gamma=gamma)}
-        seconds = train(models, data, epochs, seed)
-        for name, model in models.items():
-            batch = images[:BATCH], labels[:BATCH]
-            result = results[name]
-            result.kept, _ = kept_bytes(model, batch, lambda m=model, b=batch: cross_entropy(m(b[0]), b[1]))
+    for seed in track(range(seeds), "training from each seed"):
+        models = networks(seed, depth)
+        seconds = train(models, images, labels, epochs, seed)
+        for model, spent, result in zip(models.values(), seconds, results.values(), strict=True):
+            result.kept = kept(model, images[:BATCH])
             with torch.no_grad():
                 result.predictions.append(model.eval()(test_images).argmax(dim=1))
-            result.accuracies.append((result.predictions[-1] == test_labels).double().mean().item())
+            result.accuracies.append(100 * (result.predictions[-1] == test_labels).double().mean().item())
             result.weights.append(parameters_to_vector(model.parameters()).detach())
-            result.seconds += seconds[name]
-        scores = ", ".join(f"{name} {result.accuracies[-1]:.2%}" for name, result in results.items())
-        console.print(f"seed {seed}: {scores}", highlight=False)
+            result.seconds += spent
     return results
 
 
+def kept(model: nn.Module, images: Tensor) -> int:
+    """Bytes that a training forward keeps for backward; of a copy, because it moves the batch norm's statistics."""
+    twin = copy.deepcopy(model).train()
+    return kept_bytes(twin, [images], lambda: twin(images))[0]
+
+
+def distance_in_float64(epochs: int, depth: int) -> float:
+    """How far apart the weights of the stored and the reversible run end when rounding is all but taken away."""
+    images, _, labels, _ = digits()
+    models = networks(0, depth, torch.float64)
+    del models[PLAIN]
+    train(models, images.double(), labels, epochs, seed=0)
+    return distance(*(parameters_to_vector(model.parameters()).detach() for model in models.values()))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative."""
+    return float((a - b).norm() / a.norm())
+
+
 def standard_error(values: list[float]) -> float:
-    """Of the mean; of one value alone it is not known."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    """Of the mean."""
+    return stdev(values) / len(values) ** 0.5
 
 
-def show(results: dict[str, Results], console: Console) -> None:
+def show(results: dict[str, Results], in_float64: float, console: Console) -> None:
     """The table, and what follows from it."""
     table = Table("network", "test accuracy", "kept for backward", "time a step", "against ResNet")
-    base = median(results[PLAIN].seconds)
+    plain, stored, reversible = results.values()
     for name, result in results.items():
-        score = f"{mean(result.accuracies):.2%} ± {standard_error(result.accuracies):.2%}"
-        step = median(result.seconds)
-        table.add_row(name, score, f"{result.kept / 2**20:.2f} MiB", f"{1e3 * step:.1f} ms", f"{step / base:.2f}x")
+        score = f"{mean(result.accuracies):.2f} ± {standard_error(result.accuracies):.2f} %"
+        step, ratio = median(result.seconds), median(result.seconds) / median(plain.seconds)
+        table.add_row(name, score, f"{result.kept / 2**20:.2f} MiB", f"{1e3 * step:.1f} ms", f"{ratio:.2f}x")
     console.print(table)
-
-    pairs = zip(results[REVERSIBLE].accuracies, results[PLAIN].accuracies, strict=True)
-    differences = [ours - plain for ours, plain in pairs]
-    gap, error = mean(differences), standard_error(differences)
-    verdict = "within" if abs(gap) <= error else "NOT within"
+    for name, result in list(results.items())[1:]:
+        differences = [ours - theirs for ours, theirs in zip(result.accuracies, plain.accuracies, strict=True)]
+        gap, error = mean(differences), standard_error(differences)
+        verdict = "within" if abs(gap) <= error else "more than"
+        console.print(
+            f"{name} - ResNet: {gap:+.2f} ± {error:.2f} points, {verdict} one standard error (paired by seed)"
+        )
+    distances = list(map(distance, stored.weights, reversible.weights))
+    differing = sum(int((a != b).sum()) for a, b in zip(stored.predictions, reversible.predictions, strict=True))
     console.print(
-        f"Momentum, reversible - ResNet: {100 * gap:+.2f} ± {100 * error:.2f} points; {verdict} one standard error "
-        f"of the difference (mean over {len(differences)} seeds, paired)"
-    )
-    stored, reversible = results[STORED], results[REVERSIBLE]
-    distances = [float((a - b).norm() / b.norm()) for a, b in zip(reversible.weights, stored.weights, strict=True)]
-    differing = sum(int((a != b).sum()) for a, b in zip(reversible.predictions, stored.predictions, strict=True))
-    total = sum(len(prediction) for prediction in stored.predictions)
-    console.print(
-        f"reversible and stored after training: weights {min(distances):.0e} to {max(distances):.0e} apart (relative); "
-        f"{differing} of {total} test predictions differ"
+        f"Reversible and stored after training: {differing} of {sum(map(len, stored.predictions))} test predictions "
+        f"differ, weights {min(distances):.0e} to {max(distances):.0e} apart (relative); in float64 {in_float64:.0e}"
     )
 
 
 def draw(results: dict[str, Results], path: Path) -> None:
     """Accuracies of all seeds beside bytes and time."""
-    names, colours = list(results), list(COLOURS.values())
-    ticks = range(len(names))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4), width_ratios=(1.5, 1, 1), layout="constrained")
-    columns = [[100 * value for value in result.accuracies] for result in results.values()]
-    for scores in zip(*columns, strict=True):
-        axes[0].plot(ticks, scores, color="#c8ccd2", linewidth=1, zorder=1)
-    for tick, column, colour in zip(ticks, columns, colours, strict=True):
-        axes[0].scatter([tick] * len(column), column, color=colour, alpha=0.5, s=28, zorder=2)
-        axes[0].errorbar(tick + 0.16, mean(column), standard_error(column), color=colour, fmt="D", capsize=5, zorder=3)
-        axes[0].annotate(f"{mean(column):.2f} %", (tick + 0.24, mean(column)), va="center", color=colour)
-    axes[0].set(title="Test accuracy, one line a seed", ylabel="test accuracy (%)", xlim=(-0.3, 2.75))
-    base = median(results[PLAIN].seconds)
-    panels = {
-        "Kept for backward": ("MiB", [result.kept / 2**20 for result in results.values()], "{:.2f}"),
-        "Time a step": ("relative to the ResNet", [median(r.seconds) / base for r in results.values()], "{:.2f}x"),
-    }
-    for axis, (title, (label, values, form)) in zip(axes[1:], panels.items(), strict=True):
-        axis.bar_label(axis.bar(ticks, values, color=colours, width=0.65), fmt=form, padding=2)
-        axis.set(title=title, ylabel=label, ylim=(0, 1.15 * max(values)))
-    for axis in axes:
-        axis.set_xticks(ticks, [name.replace(", ", "\n") for name in names])
+    runs, ticks, colours = list(results.values()), range(len(results)), list(COLOURS.values())
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(11, 4), width_ratios=(1.5, 1, 1), layout="constrained")
+    left.plot(ticks, [run.accuracies for run in runs], color="#d5d9de", linewidth=1, zorder=1)
+    for tick, run, colour in zip(ticks, runs, colours, strict=True):
+        centre = mean(run.accuracies)
+        left.scatter([tick] * len(run.accuracies), run.accuracies, color=colour, alpha=0.5, s=28, zorder=2)
+        left.errorbar(tick + 0.15, centre, standard_error(run.accuracies), color=colour, fmt="D", capsize=5)
+        left.annotate(f"{centre:.2f} %", (tick + 0.23, centre), va="center", color=colour)
+    left.set(title=f"Accuracy of {len(runs[0].accuracies)} seeds, mean and standard error", xlim=(-0.3, 2.75))
+    left.set_ylabel("test accuracy (%)")
+    seconds = [median(run.seconds) for run in runs]
+    bars = [run.kept / 2**20 for run in runs], [each / seconds[0] for each in seconds]
+    labels = ("Kept for backward", "MiB", "{:.2f}"), ("Time a step", "relative to the ResNet", "{:.2f}x")
+    for axis, heights, (title, label, form) in zip(others, bars, labels, strict=True):
+        axis.bar_label(axis.bar(ticks, heights, color=colours, width=0.65), fmt=form, padding=2)
+        axis.set(title=title, ylabel=label, ylim=(0, 1.15 * max(heights)))
+    for axis in (left, *others):
+        axis.set_xticks(ticks, [name.replace(", ", "\n") for name in results])
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -199,15 +206,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A ResNet and its momentum version from scratch on digits.")
     parser.add_argument("--quick", action="store_true", help="two seeds of one epoch, to see that it runs")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes")
-    parser.add_argument("--gamma", type=float, default=0.9, help="momentum; 0 is the plain network")
     options = parser.parse_args()
-    seeds, epochs, depth = (2, 1, 2) if options.quick else (5, 8, 4)
+    seeds, epochs, depth = (2, 1, 1) if options.quick else (5, 8, 4)
 
-    console = Console(width=120)
-    results = compare(seeds, epochs, depth, options.gamma, console)
-    show(results, console)
+    console = Console(width=120, highlight=False)
+    results = compare(seeds, epochs, depth)
+    show(results, distance_in_float64(epochs, depth), console)
     draw(results, options.out)
-    console.print(f"picture: {options.out}", highlight=False)
+    console.print(f"picture: {options.out}")
 
 
 if __name__ == "__main__":

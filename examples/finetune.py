@@ -21,9 +21,9 @@ import ast
 import random
 import sysconfig
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib
 import torch
@@ -43,29 +43,26 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "finetune.png"
-BATCH, LENGTH, RATE = 16, 16, 2e-4
+BATCH, LENGTH, STEPS, RATE = 16, 16, 100, 2e-4
 SKIP = ("site-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtle.py", "turtledemo", "distutils")
-WAYS = {  # gamma at the start, gamma at the end, colour, line
-    "unconverted": (None, None, "#9aa3ad", "-"),
-    "gamma = 0": (0.0, 0.0, "#22313f", ":"),
-    "annealed 0 to 0.5": (0.0, 0.5, "#2a9d8f", "-"),
-    "annealed 0 to 0.9": (0.0, 0.9, "#3366cc", "-"),
-    "cold at 0.9": (0.9, 0.9, "#d1662f", "-"),
+WAYS: dict[str, tuple[tuple[float, float] | None, str, str]] = {  # gamma at the start and the end; colour, line
+    "unconverted": (None, "#b4bcc6", "-"),
+    "gamma = 0": ((0.0, 0.0), "#22313f", ":"),
+    "annealed 0 to 0.5": ((0.0, 0.5), "#2a9d8f", "-"),
+    "annealed 0 to 0.9": ((0.0, 0.9), "#3366cc", "-"),
+    "cold at 0.9": ((0.9, 0.9), "#d1662f", "-"),
 }
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 class Classifier(nn.Module):
     """The encoder, the mean over the tokens of its output, and a linear layer."""
 
-    def __init__(self, gamma: float | None, batch: Batch) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        encoder = transformers.BertModel.from_pretrained(get_model_path(), add_pooling_layer=False)
-        encoder.embeddings.requires_grad_(False)
-        if gamma is not None:
-            inputs = {"input_ids": batch[0], "attention_mask": batch[1]}
-            encoder = mfx.momentumize(encoder, gamma=gamma, example_inputs=inputs)
-        self.encoder: nn.Module = encoder
+        options: dict[str, Any] = {"num_hidden_layers": layers, "add_pooling_layer": False}
+        self.encoder: nn.Module = transformers.BertModel.from_pretrained(get_model_path(), **options)
+        self.encoder.embeddings.requires_grad_(False)
         self.head = nn.Linear(384, 2)
 
     def embed(self, words: Tensor, mask: Tensor) -> Tensor:
@@ -77,156 +74,128 @@ class Classifier(nn.Module):
         return self.head(self.embed(words, mask))
 
 
-@dataclass
 class Run:
     """One way to fine-tune, and what came of it."""
 
-    model: Classifier
-    schedule: mfx.GammaSchedule | None
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    scores: dict[int, float] = field(default_factory=dict)
-    kept: dict[int, int] = field(default_factory=dict)
-    right: Tensor = field(default_factory=lambda: torch.empty(0))
+    def __init__(self, way: tuple[float, float] | None, layers: int, steps: int, batch: Batch) -> None:
+        torch.manual_seed(0)  # the same head for all
+        self.model = Classifier(layers)
+        self.schedule: mfx.GammaSchedule | None = None
+        if way is not None:
+            inputs = {"input_ids": batch[0], "attention_mask": batch[1]}
+            self.model.encoder = mfx.momentumize(self.model.encoder, gamma=way[0], example_inputs=inputs)
+            self.schedule = mfx.GammaSchedule(self.model.encoder, *way, steps=2 * steps // 3)
+        body = [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad]
+        groups = [{"params": body}, {"params": list(self.model.head.parameters()), "lr": 10 * RATE}]
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE)
+        rates = torch.linspace(0.1, 1.0, steps // 10).tolist() + torch.linspace(1.0, 0.0, steps - steps // 10).tolist()
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [*rates, 0.0].__getitem__)
+        self.losses, self.seconds, self.kept = list[float](), list[float](), list[int]()
+        self.scores: dict[int, float] = {}
+        self.right = torch.empty(0)
+
+    def step(self, words: Tensor, mask: Tensor, labels: Tensor) -> None:
+        """One training step."""
+        start = time.perf_counter()
+        kept, logits = kept_bytes(self.model.train(), [words, mask], lambda: self.model(words, mask))
+        loss = cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.rates.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.seconds.append(time.perf_counter() - start)
+        self.kept.append(kept)
+        self.losses.append(loss.item())
+
+    @torch.no_grad()
+    def test(self, step: int, tests: Batch) -> None:
+        """Which of the tests the model gets right."""
+        self.model.eval()
+        parts = zip(*(tensor.split(100) for tensor in tests), strict=True)
+        self.right = torch.cat(
+            [(self.model(words, mask).argmax(1) == labels).double() for words, mask, labels in parts]
+        )
+        self.scores[step] = 100 * self.right.mean().item()
 
 
-def docstrings(count: int) -> list[tuple[str, int]]:
-    """First paragraphs of docstrings of the standard library, each with 1 for a class and 0 for a function."""
+def docstrings(packages: str, count: int) -> Batch:
+    """Tokens, masks and labels of ``count`` docstrings (their first paragraphs): 1 for a class, 0 for a function."""
     root = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in sorted(root.glob(packages)) if not set(SKIP) & set(path.relative_to(root).parts)]
     found: dict[str, int] = {}
-    for path in sorted(root.rglob("*.py")):
-        if any(part in SKIP for part in path.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if len(text.split()) > 3:
-                    found.setdefault(text, int(isinstance(node, ast.ClassDef)))
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_bytes()))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if text.count(" ") >= 3:
+                found.setdefault(text, int(isinstance(node, ast.ClassDef)))
     shuffled = random.Random(0).sample(list(found.items()), len(found))
     halves = [[item for item in shuffled if item[1] == label][: count // 2] for label in (0, 1)]
-    return random.Random(1).sample(halves[0] + halves[1], len(halves[0]) + len(halves[1]))
-
-
-def encoded(texts: list[tuple[str, int]]) -> Batch:
-    """Tokens, mask and labels."""
+    texts, labels = zip(*random.Random(1).sample(halves[0] + halves[1], count), strict=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
-    options = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
-    tokens = tokenizer([text for text, _ in texts], **options)
-    return tokens["input_ids"], tokens["attention_mask"], torch.tensor([label for _, label in texts])
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    return tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels)
 
 
-def prepared(start: float | None, end: float | None, steps: int, batch: Batch, seed: int) -> Run:
-    """The model of one way; the head is the same for all."""
-    torch.manual_seed(seed)
-    model = Classifier(start, batch)
-    schedule = None
-    if start is not None and start != end:
-        schedule = mfx.GammaSchedule(model.encoder, start, end, steps=2 * steps // 3)
-    head = {"params": list(model.head.parameters()), "lr": 10 * RATE}
-    body = {"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": RATE}
-    return Run(model, schedule, torch.optim.AdamW([body, head]))
-
-
-@torch.no_grad()
-def test(model: Classifier, data: Batch) -> Tensor:
-    """1 for each text whose label the model gets right, else 0."""
-    model.eval()
-    parts = zip(*(tensor.split(100) for tensor in data), strict=True)
-    return torch.cat([(model(words, mask).argmax(dim=1) == labels).double() for words, mask, labels in parts])
-
-
-def train_step(run: Run, batch: Batch, step: int, steps: int, measure: bool) -> None:
-    """One step of one way."""
-    words, mask, labels = batch
-    warm = min((step + 1) / (0.1 * steps), 1.0) * (1 - step / steps)
-    for group, rate in zip(run.optimizer.param_groups, (RATE, 10 * RATE), strict=True):
-        group["lr"] = rate * warm
-    run.model.train()
-    start = time.perf_counter()
-    if measure:
-        run.kept[step], logits = kept_bytes(run.model, batch, lambda: run.model(words, mask))
-    else:
-        logits = run.model(words, mask)
-    loss = cross_entropy(logits, labels)
-    run.optimizer.zero_grad()
-    loss.backward()
-    run.optimizer.step()
-    if run.schedule is not None:
-        run.schedule.step()
-    run.seconds.append(time.perf_counter() - start)
-    run.losses.append(loss.item())
-
-
-def fine_tune(data: Batch, tests: Batch, steps: int, every: int, seed: int) -> dict[str, Run]:
+def fine_tune(data: Batch, tests: Batch, steps: int, every: int, layers: int) -> dict[str, Run]:
     """All the ways, step by step in turn."""
-    count = len(data[0])
-    order = torch.Generator().manual_seed(seed)
-    drawn = torch.cat([torch.randperm(count, generator=order) for _ in range(steps * BATCH // count + 1)])
-    first = (data[0][:BATCH], data[1][:BATCH], data[2][:BATCH])
-    runs = {name: prepared(way[0], way[1], steps, first, seed) for name, way in WAYS.items()}
-    for step in track(range(steps + 1), "fine-tuning"):
-        chosen = drawn[step * BATCH : (step + 1) * BATCH]
+    words, mask, labels = data
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(words), generator=generator) for _ in range(steps * BATCH // len(words) + 1)])
+    first = (words[:BATCH], mask[:BATCH], labels[:BATCH])
+    runs = {name: Run(way, layers, steps, first) for name, (way, _, _) in WAYS.items()}
+    for step, batch in enumerate(track(order.split(BATCH)[: steps + 1], "fine-tuning")):
         for run in runs.values():
-            if step % every == 0 or step == steps:
-                run.right = test(run.model, tests)
-                run.scores[step] = run.right.mean().item()
+            if step % every == 0:
+                run.test(step, tests)
             if step < steps:
-                torch.manual_seed(10_000 * seed + step)  # the same dropout masks for each
-                batch = (data[0][chosen], data[1][chosen], data[2][chosen])
-                train_step(run, batch, step, steps, step % 5 == 0 or step == steps - 1)
+                torch.manual_seed(step)  # the same dropout masks for each
+                run.step(words[batch], mask[batch], labels[batch])
     return runs
 
 
-def probe(data: Batch, tests: Batch) -> float:
-    """Test accuracy of a logistic regression on what the pretrained encoder says, without any fine-tuning."""
-    model = Classifier(None, data).eval()
+def probe(data: Batch, tests: Batch, layers: int) -> float:
+    """Test accuracy of a logistic regression on the output of the pretrained encoder, without fine-tuning."""
+    model = Classifier(layers).eval()
     with torch.no_grad():
         seen, unseen = (
             torch.cat([model.embed(*pair) for pair in zip(words.split(100), mask.split(100), strict=True)])
             for words, mask, _ in (data, tests)
         )
     fitted = LogisticRegression(C=10.0, max_iter=1000).fit(seen.numpy(), data[2].numpy())
-    return float(fitted.score(unseen.numpy(), tests[2].numpy()))
+    return 100 * float(fitted.score(unseen.numpy(), tests[2].numpy()))
 
 
 def show(runs: dict[str, Run], baseline: float, console: Console) -> None:
     """The table, and what follows from it."""
-    plain, *_ = runs.values()
     table = Table("fine-tuned", "test accuracy", "against unconverted", "kept, first step", "last step", "time a step")
-    base, notes = median(plain.seconds), []
+    plain, same, *_ = runs.values()
     for name, run in runs.items():
-        gap = run.right - plain.right
-        mean, error = 100 * gap.mean().item(), 100 * gap.std().item() / len(gap) ** 0.5
-        kept = [f"{size / 2**20:.2f} MiB" for size in (run.kept[min(run.kept)], run.kept[max(run.kept)])]
+        gaps = 100 * (run.right - plain.right)
+        gap, error = gaps.mean().item(), gaps.std().item() / len(gaps) ** 0.5
+        verdict = "" if run is plain else ", within 2 s.e." if abs(gap) <= 2 * error else ", NOT within 2 s.e."
+        first, last = (f"{size / 2**20:.2f} MiB" for size in (run.kept[0], run.kept[-1]))
+        seconds = f"{median(run.seconds):.2f} s, {median(run.seconds) / median(plain.seconds):.2f}x"
         table.add_row(
-            name,
-            f"{run.right.mean():.1%}",
-            f"{mean:+.1f} ± {error:.1f} points",
-            *kept,
-            f"{median(run.seconds):.2f} s, {median(run.seconds) / base:.2f}x",
+            name, f"{list(run.scores.values())[-1]:.1f} %", f"{gap:+.1f} ± {error:.1f}{verdict}", first, last, seconds
         )
-        if name.startswith("annealed"):
-            within = "within" if abs(mean) <= 2 * error else "NOT within"
-            notes.append(f"{name}: {within} two standard errors of the unconverted model (paired, one seed)")
     console.print(table)
-    console.print(f"linear probe on the frozen encoder: {baseline:.1%}; chance: 50%")
-    differences = [abs(a - b) for a, b in zip(runs["gamma = 0"].losses, plain.losses, strict=True)]
-    console.print(f"gamma = 0 against unconverted: training losses at most {max(differences):.1e} apart")
-    console.print("\n".join(notes))
+    apart = max(abs(a - b) for a, b in zip(same.losses, plain.losses, strict=True))
+    console.print(f"linear probe on the frozen encoder: {baseline:.1f} %; chance: 50 %")
+    console.print(f"gamma = 0 against unconverted: training losses at most {apart:.1e} apart over all steps")
 
 
 def draw(runs: dict[str, Run], baseline: float, path: Path) -> None:
     """Test accuracy and bytes kept, against steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1.3, 1), layout="constrained")
-    left.axhline(100 * baseline, color="#b8bec6", linestyle="--", linewidth=1)
-    left.annotate("linear probe", (0, 100 * baseline), (0, 3), textcoords="offset points", color="#808890", fontsize=9)
+    left.axhline(baseline, color="#a8aeb6", linestyle="--", linewidth=1)
+    left.annotate("linear probe", (0, baseline), (0, 3), textcoords="offset points", color="#707880", fontsize=9)
     for name, run in runs.items():
-        _, _, colour, line = WAYS[name]
-        style = {"color": colour, "linestyle": line, "linewidth": 5 if name == "unconverted" else 2}
-        scores = [100 * score for score in run.scores.values()]
-        left.plot(list(run.scores), scores, label=f"{name}: {scores[-1]:.1f} %", **style)
-        right.plot(list(run.kept), [size / 2**20 for size in run.kept.values()], **style)
+        _, colour, line = WAYS[name]
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "linewidth": 5 if name == "unconverted" else 2}
+        left.plot(list(run.scores), list(run.scores.values()), label=name, **style)
+        right.plot([size / 2**20 for size in run.kept], **style)
     left.set(title="Test accuracy", xlabel="fine-tuning step", ylabel="test accuracy (%)")
     left.legend(frameon=False, loc="lower right")
     right.set(title="Kept for backward", xlabel="fine-tuning step", ylabel="MiB (log scale)", yscale="log")
@@ -238,23 +207,22 @@ def draw(runs: dict[str, Run], baseline: float, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pretrained encoder while it becomes a Momentum ResNet.")
-    parser.add_argument("--quick", action="store_true", help="a few steps on a few texts, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two layers and two steps, to see that it runs")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    texts = docstrings(count=200 if options.quick else 1600)
-    held_out = 100 if options.quick else 400
-    tests, data = encoded(texts[:held_out]), encoded(texts[held_out:])
-    console = Console(width=130)
-    console.print(f"{len(texts) - held_out} docstrings to train on, {held_out} to test on", highlight=False)
-    steps, every = (2, 2) if options.quick else (100, 20)
-    runs, baseline = fine_tune(data, tests, steps, every, options.seed), probe(data, tests)
+    steps, every, layers, held_out = (2, 2, 2, 40) if options.quick else (STEPS, 20, 6, 400)
+    texts = docstrings("asyncio/*.py", 100) if options.quick else docstrings("**/*.py", 1600)
+    tests, data = tuple(part[:held_out] for part in texts), tuple(part[held_out:] for part in texts)
+    console = Console(width=120, highlight=False)
+    console.print(f"{len(data[0])} docstrings to train on, {held_out} to test on")
+    runs = fine_tune(data, tests, steps, every, layers)
+    baseline = probe(data, tests, layers)
     show(runs, baseline, console)
     draw(runs, baseline, options.out)
-    console.print(f"picture: {options.out}", highlight=False)
+    console.print(f"picture: {options.out}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The *members* of the block from ``skip`` to ``value`` are
 
 1. all nodes on paths from one to the other (metadata queries cut a path), and the tail after the add;
 2. what the members alone use: side values computed on the way, queries of x;
-3. queries and assertions on members, and in-place writes to the members' own values.
+3. queries and assertions on members, items of members that are several values, and in-place writes to the members'
+   own values.
 
 What members read from elsewhere are *sides*; members read elsewhere are *escapes*.
 """
@@ -137,6 +138,7 @@ def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home
         for node in inner:
             if node not in members and _follows(flow, node, skip, members):
                 members.add(node)
+        members |= {user for node in members for user in node.users if _unpacks(user)}
         changed = len(members) > before
 
 
@@ -180,6 +182,13 @@ def _follows(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]
     if operations.is_assertion(node):
         return all(source in members or source is skip for source in sources)
     return any(flow.memory[target] in members for target in flow.written.get(node, ()))
+
+
+def _unpacks(node: fx.Node) -> bool:
+    """Whether the node takes one of several values, which leave a block one by one: autograd sees tensors only."""
+    if not operations.takes_item(node):
+        return False
+    return all(operations.takes_item(user) for user in node.all_input_nodes[0].users)
 
 
 def check(flow: Dataflow, block: Block, named: bool = False) -> Block | Rejection:

@@ -30,7 +30,7 @@ from mfx.drift import Drift
 from mfx.errors import InputTypeError, OptionError, ShapeError
 from mfx.inverse import Chain
 from mfx.momentum import ChainSpec, StepSpec
-from mfx.options import Gamma, Options, make_options
+from mfx.options import Gamma, Options, check_gamma, gamma_of, make_options
 from mfx.precision import Schedule, schedule
 from mfx.reversible import run
 from mfx.whole import STATE
@@ -288,9 +288,11 @@ class _Net:
 
     def set_gamma(self, gamma: Gamma) -> None:
         """One gamma for all functions."""
-        if not isinstance(gamma, Real):
+        checked = check_gamma(gamma)
+        (value, *others) = {gamma_of(checked, name) for name in self.names}
+        if others or value is None:
             raise OptionError(f"a MomentumNet has one gamma for all its functions, not {gamma!r}: give a float")
-        self.change(gamma=float(gamma))
+        self.change(gamma=value)
 
     def expected(self, root: nn.Module) -> tuple[tuple[str, ...], ...]:
         """All functions are one chain."""

@@ -11,6 +11,7 @@ and ``aten.add.Tensor``), which is what the forms have in common in every kind o
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,6 +246,11 @@ def draws_nothing(node: fx.Node) -> bool:
         return node.kwargs.get("training") is False
     switch = argument(node, 2, "training", node.kwargs.get("train"))
     return name in _DROPOUTS and (argument(node, 1, "p", 0.5) == 0 or switch is False)
+
+
+def takes_item(node: fx.Node) -> bool:
+    """Whether the node is ``values[i]``, i a constant whole number."""
+    return node.target is operator.getitem and isinstance(node.args[1], int) and not isinstance(node.args[1], bool)
 
 
 def sees_grad_mode(node: fx.Node, root: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from mfx.carry import carry
 from mfx.counter import Seed
@@ -269,7 +270,7 @@ class Step(torch.autograd.Function):
         with tape.autocast(), ctx.conditions.recorded(), _as_recomputed(step), tape.draws(index, again=False):
             inner = x.detach().requires_grad_() if step.sees_grad_mode else x
             value, *extra = step.branch(tape.root, inner.to(tape.dtypes[index]), *sides)
-        value, *extra = [out.detach() if isinstance(out, Tensor) else out for out in (value, *extra)]
+        value, *extra = [_tensor_or_plain(step, out) for out in (value, *extra)]
         if versions and [tensor._version for tensor in seen] != versions:
             raise BackwardError(
                 f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
@@ -425,6 +426,18 @@ def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
 
 def _size(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(value.detach())
+
+
+def _tensor_or_plain(step: StepSpec, out: Any) -> Any:
+    """A branch's value without its gradient graph; tensors inside anything else would lose their gradient unseen."""
+    if isinstance(out, Tensor):
+        return out.detach()
+    if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+        raise BackwardError(
+            f"block {step.name!r}: its branch hands out tensors inside a {type(out).__name__}, and their gradients "
+            f"would be lost. Keep the block as it is with exclude={step.name!r}"
+        )
+    return out
 
 
 def _leaf(side: Any) -> Any:

@@ -111,7 +111,7 @@ def _functions(model: nn.Module, path: str, keep_first: bool) -> list[str]:
     if path not in modules or not path:
         containers = [name for name, module in modules.items() if name and next(module.children(), None) is not None]
         near = difflib.get_close_matches(path, containers, n=5, cutoff=0.4)
-        listed = ", ".join(map(repr, (near or containers)[:10])) or "none"
+        listed = ", ".join(map(repr, dict.fromkeys([*near, *containers][:12]))) or "none"
         raise OptionError(
             f"sub_layers={path!r}: {type(model).__name__} has no such module; containers it has: {listed}"
         )

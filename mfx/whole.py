@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mfx import operations
 from mfx.options import Options, check_patterns
 
 TAKEN = "mfx_taken"
@@ -60,7 +61,14 @@ def calls_of(graph: fx.Graph) -> tuple[Call, ...]:
     """The marked calls of ``graph``, in order of their values."""
     takers = {number: node for node in graph.nodes for number in node.meta.get(TAKEN, ())}
     given = [(node, *node.meta[GIVEN]) for node in graph.nodes if GIVEN in node.meta]
-    return tuple(Call(path, takers[number], node) for node, number, path in given if number in takers)
+    return tuple(Call(path, takers[number], _first(node)) for node, number, path in given if number in takers)
+
+
+def _first(node: fx.Node) -> fx.Node:
+    """The value of a call, or the first of several: what is only ever indexed."""
+    if not node.users or not all(operations.takes_item(user) for user in node.users):
+        return node
+    return next((user for user in node.users if user.args[1] == 0), node)
 
 
 @contextlib.contextmanager

@@ -272,3 +272,41 @@ def test_an_infinite_parameter_shows_in_the_gradients() -> None:
     x = rows()
     ours, theirs = run(reversible, x), run(stored, x)
     assert all(torch.equal(ours.grads[n].isfinite(), g.isfinite()) for n, g in theirs.grads.items())
+
+
+class Chunks(nn.Module):
+    """A branch that computes several values at once, of which one leaves it alone."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.both = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, total: Any) -> tuple[Tensor, Any]:
+        one, two = self.both(x).chunk(2, -1)
+        return x + self.down(one), total + two.square().sum()
+
+
+class ChunkNet(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Chunks() for _ in range(depth))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Any = 0.0
+        for block in self.blocks:
+            x, total = block(x, total)
+        return x * total
+
+
+@pytest.mark.parametrize("capture", ["fx", "dynamo"])
+def test_one_of_several_values_that_leaves_a_branch_keeps_its_gradient(capture):
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    model = ChunkNet()
+    options: dict[str, Any] = {"capture": capture, "example_inputs": x}
+    assert_same(run(mfx.momentumize(model, 0.0, **options), x), run(model, x))
+    stored = mfx.momentumize(model, 0.7, reversible=False, **options)
+    mm = mfx.momentumize(model, 0.7, **options)
+    assert [len(chain) for chain in mm._mfx.chains] == [3]
+    assert_same(run(mm, x), run(stored, x), 1e-9)

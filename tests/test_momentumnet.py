@@ -72,7 +72,10 @@ def rows(count: int = 5) -> Tensor:
 def test_it_is_the_recurrence(gamma, use_backprop, is_residual, init, train):
     given = {"init_speed": True, "init_function": nn.Linear(WIDTH, WIDTH)} if init else {}
     net = net_of(gamma, use_backprop=use_backprop, is_residual=is_residual, **given).train(train)
-    assert_same(run(net, rows()), run(Plain(net, is_residual), rows()), 1e-9)
+    found, expected = run(net, rows()), run(Plain(net, is_residual), rows())
+    if gamma == 0:  # v_0 has no effect: its gradient is zero by hand, and None here
+        expected.grads.update({name: None for name in expected.grads if "init" in name})
+    assert_same(found, expected, 1e-9)
 
 
 @pytest.mark.parametrize("use_backprop", [True, False])
@@ -208,7 +211,7 @@ def test_the_flow_starts_from_the_learned_velocity():
 def test_gamma_can_be_set_annealed_and_the_drift_read():
     net = net_of(0.0, use_backprop=False)
     with pytest.raises(mfx.OptionError, match="one gamma for all"):
-        mfx.set_gamma(net, {"*": 0.5})
+        mfx.set_gamma(net, {"*.0": 0.5, "*": 0.1})
     schedule = mfx.GammaSchedule(net, 0.0, 0.8, steps=2)
     schedule.step()
     assert net.gamma == 0.4
@@ -360,7 +363,9 @@ def test_bad_arguments_are_named(given, error, text):
 @pytest.mark.parametrize("use_backprop", [True, False])
 def test_a_function_that_changes_the_shape_is_named(use_backprop):
     x = torch.randn(3, 2, requires_grad=True)
-    with pytest.raises(mfx.ShapeError, match=r"network\.1 \(Linear\) returned shape \(3, 1\), but x has shape \(3, 2\)"):
+    with pytest.raises(
+        mfx.ShapeError, match=r"network\.1 \(Linear\) returned shape \(3, 1\), but x has shape \(3, 2\)"
+    ):
         mfx.MomentumNet([nn.Linear(2, 2), nn.Linear(2, 1)], 0.9, use_backprop=use_backprop)(x)
     with pytest.raises(mfx.ShapeError, match="returned tuple, not a tensor"):
         mfx.MomentumNet([nn.LSTM(2, 2)], 0.9, use_backprop=use_backprop)(x)
