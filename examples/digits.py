@@ -17,6 +17,7 @@ import argparse
 import copy
 import time
 from dataclasses import dataclass, field
+from operator import sub
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -30,6 +31,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
 
 import mfx
 from mfx.memory import kept_bytes
@@ -94,10 +97,8 @@ def train(models: dict[str, nn.Module], images: Tensor, labels: Tensor, epochs: 
     """Train the models in place, step by step in turn; for each, the seconds of its steps."""
     order = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(epochs) for batch in torch.randperm(len(images), generator=order).split(BATCH)[:-1]]
-    optimizers = [
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for model in models.values()
-    ]
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=len(batches)) for each in optimizers]
+    optimizers = [SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for model in models.values()]
+    schedules = [OneCycleLR(optimizer, 0.1, total_steps=len(batches)) for optimizer in optimizers]
     seconds: list[list[float]] = [[] for _ in models]
     for step, batch in enumerate(batches):
         for model, optimizer, schedule, spent in zip(models.values(), optimizers, schedules, seconds, strict=True):
@@ -144,12 +145,12 @@ def distance_in_float64(epochs: int, depth: int) -> float:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Relative."""
+    """The relative distance."""
     return float((a - b).norm() / a.norm())
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean."""
+    """The standard error of the mean."""
     return stdev(values) / len(values) ** 0.5
 
 
@@ -162,13 +163,11 @@ def show(results: dict[str, Results], in_float64: float, console: Console) -> No
         step, ratio = median(result.seconds), median(result.seconds) / median(plain.seconds)
         table.add_row(name, score, f"{result.kept / 2**20:.2f} MiB", f"{1e3 * step:.1f} ms", f"{ratio:.2f}x")
     console.print(table)
-    for name, result in list(results.items())[1:]:
-        differences = [ours - theirs for ours, theirs in zip(result.accuracies, plain.accuracies, strict=True)]
+    for name in (STORED, REVERSIBLE):
+        differences = list(map(sub, results[name].accuracies, plain.accuracies))
         gap, error = mean(differences), standard_error(differences)
         verdict = "within" if abs(gap) <= error else "more than"
-        console.print(
-            f"{name} - ResNet: {gap:+.2f} ± {error:.2f} points, {verdict} one standard error (paired by seed)"
-        )
+        console.print(f"{name} - ResNet: {gap:+.2f} ± {error:.2f} points, {verdict} one standard error (by seed)")
     distances = list(map(distance, stored.weights, reversible.weights))
     differing = sum(int((a != b).sum()) for a, b in zip(stored.predictions, reversible.predictions, strict=True))
     console.print(

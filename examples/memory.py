@@ -51,7 +51,9 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {StorageWeakRef(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        given = {
+            StorageWeakRef(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
+        }
         for leaf in tree_leaves(result):
             if torch.is_tensor(leaf) and StorageWeakRef(leaf.untyped_storage()) not in given:
                 self._alive[StorageWeakRef(leaf.untyped_storage())] = leaf.untyped_storage().nbytes()
@@ -74,7 +76,7 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         v = torch.zeros_like(x)
         for _ in range(self.depth):
-            x, v = checkpoint(self.block, x, v, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+            x, v = checkpoint(self.block, x, v, use_reentrant=False)
         return x
 
 

@@ -111,8 +111,9 @@ def draw(nets: dict[str, tuple[mfx.MomentumNet, nn.Linear]], path: Path) -> None
         with torch.no_grad():
             (a, b), c = (head.weight[1] - head.weight[0]).tolist(), (head.bias[1] - head.bias[0]).item()
         near = (-a * c / (a * a + b * b), -b * c / (a * a + b * b))  # the point of the line nearest to the origin
-        row[-1].autoscale(False)
+        limits = row[-1].axis()
         row[-1].axline(near, (near[0] - b, near[1] + a), color="0.2", lw=1.2, ls="--")
+        row[-1].axis(limits)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

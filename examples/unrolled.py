@@ -50,12 +50,16 @@ class Layer(nn.Module):
         return z.sign() * (z.abs() - self.theta).relu()
 
 
-class RevNet(nn.Sequential):
+class RevNet(nn.Module):
     """Additive coupling: each layer reads one half of x and adds to the other; two layers make a step."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=1)
-        for layer in self:
+        for layer in self.layers:
             a, b = b, a + layer(b, y)
         return torch.cat([a, b], dim=1)
 
@@ -100,7 +104,7 @@ class Lasso:
         ista, lista, momentum = ([self.layer() for _ in range(depth)] for _ in range(3))
         return {
             "ISTA": mfx.MomentumNet(ista, gamma=0, is_residual=False),
-            "RevNet": RevNet(*coupling),
+            "RevNet": RevNet(coupling),
             "LISTA": mfx.MomentumNet(lista, gamma=0, is_residual=False),
             "momentum": mfx.MomentumNet(momentum, gamma, is_residual=False, use_backprop=False),
         }
@@ -118,16 +122,18 @@ def train(net: nn.Module, lasso: Lasso, steps: int) -> None:
         schedule.step()
 
 
-def excess(depth: int, seed: int, steps: int, gamma: float) -> dict[str, float]:
-    """The objective above the optimum on test signals, for every network."""
+def excess(depths: list[int], seed: int, steps: int, gamma: float) -> dict[str, list[float]]:
+    """The objective above the optimum on test signals, of every network at each depth."""
     lasso = Lasso(seed)
     y = lasso.signals(500)
-    found, optimum = {}, lasso.optimum(y)
-    for name, net in lasso.networks(depth, gamma).items():
-        if name != "ISTA":
-            train(net, lasso, steps)
-        with torch.no_grad():
-            found[name] = lasso.objective(net(torch.zeros(len(y), CODE), y), y).item() - optimum
+    optimum = lasso.optimum(y)
+    found: dict[str, list[float]] = {name: [] for name in COLOURS}
+    for depth in depths:
+        for name, net in lasso.networks(depth, gamma).items():
+            if name != "ISTA":
+                train(net, lasso, steps)
+            with torch.no_grad():
+                found[name].append(lasso.objective(net(torch.zeros(len(y), CODE), y), y).item() - optimum)
     return found
 
 
@@ -136,7 +142,7 @@ def draw(depths: list[int], found: dict[str, Tensor], path: Path) -> None:
     for name, values in found.items():
         axis.fill_between(depths, values.amin(1), values.amax(1), color=COLOURS[name], alpha=0.25, lw=0)
         axis.plot(depths, values.mean(1), "o-", color=COLOURS[name], lw=2, ms=5)
-        axis.text(depths[-1] + 0.3, values[-1].mean(), LABELS[name], va="center", color=COLOURS[name])
+        axis.text(depths[-1] + 0.3, values[-1].mean().item(), LABELS[name], va="center", color=COLOURS[name])
     axis.set(yscale="log", xticks=depths, xlabel="depth (layers)", ylabel="lasso objective above the optimum")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")
@@ -152,8 +158,8 @@ def main() -> None:
     options = parser.parse_args()
     depths, seeds, steps = ([2, 4], 2, 10) if options.quick else ([2, 4, 8, 16], 3, 200)
 
-    runs = [[excess(depth, seed, steps, options.gamma) for seed in range(seeds)] for depth in depths]
-    found = {name: torch.tensor([[run[name] for run in row] for row in runs]) for name in COLOURS}
+    runs = [excess(depths, seed, steps, options.gamma) for seed in range(seeds)]
+    found = {name: torch.tensor([run[name] for run in runs]).T for name in COLOURS}
     table = Table("depth", *COLOURS, title=f"lasso objective above the optimum\nmean and range of {seeds} seeds")
     for index, depth in enumerate(depths):
         cells = [values[index] for values in found.values()]

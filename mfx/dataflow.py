@@ -105,6 +105,26 @@ def _source(node: fx.Node, root: nn.Module) -> fx.Node:
     return node
 
 
+def before_rearranging(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The rearranging operations that ``node`` is the last of, in order."""
+    found: list[fx.Node] = []
+    while operations.rearranges(node) and isinstance(node.args[0], fx.Node):
+        found.append(node)
+        node = node.args[0]
+    return tuple(reversed(found))
+
+
+def rearranged(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The rearranging operations after ``node``, each the only reader of the one before."""
+    found: list[fx.Node] = []
+    while True:
+        users = [user for user in node.users if not operations.is_query(user)]
+        if len(users) != 1 or not operations.rearranges(users[0]) or users[0].args[0] is not node:
+            return tuple(found)
+        node = users[0]
+        found.append(node)
+
+
 def _last_reads(
     nodes: tuple[fx.Node, ...],
     position: dict[fx.Node, int],
@@ -117,10 +137,16 @@ def _last_reads(
     for node in nodes:
         form = adds.get(node)
         if form is not None:
+            end = position[(node, *rearranged(node))[-1]]
             for operand in (form.left, form.right):
-                last[_source(operand, root)] = position[node]
+                skip = _source(operand, root)
+                last[skip] = max(position[node], last.get(skip, 0))
+                for first in before_rearranging(skip)[:1]:
+                    x = _source(first.all_input_nodes[0], root)
+                    last[x] = max(end, last.get(x, 0))
         if node in whole:
-            last[_source(whole[node], root)] = position[node]
+            skip = _source(whole[node], root)
+            last[skip] = max(position[node], last.get(skip, 0))
     return last
 
 

@@ -10,7 +10,8 @@ For each add ``y = s + b`` of two tensors computed from a common input:
    the shape, use nothing else that depends on x, have no other consumer, and (a) the next block's skip
    starts after them, (b) they end in what the add's own module returns, or (c) they repeat the ``h`` of the
    block before;
-4. a module named by the caller is a wrapped block by itself.
+4. a module named by the caller is a wrapped block by itself, and so is a block between two rearrangements of x
+   (:mod:`mfx.detour`).
 
 Everything that is a residual add and not a block is a :class:`Rejection` with its node and reason.
 
@@ -29,6 +30,7 @@ from torch import fx, nn
 from mfx import operations
 from mfx.block import Block, Rejection, check, collect
 from mfx.dataflow import SHAPE, Dataflow, analyse
+from mfx.detour import take_in
 from mfx.errors import Reason
 from mfx.operations import Add
 from mfx.tracer import RETURNED, SCOPE, Scope
@@ -65,7 +67,7 @@ def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole:
         elif node in flow.adds and not only_whole and node not in covered:
             match = _match(flow, node, flow.adds[node])
             matches += [match] if match is not None else []
-    matches = _wrap(flow, matches)
+    matches = _wrap(flow, take_in(flow, matches))
     names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)})
     named = [replace(match, name=name) for match, name in zip(matches, names, strict=True)]
     return Found(

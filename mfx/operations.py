@@ -38,6 +38,9 @@ _VIEWS = frozenset(
     "broadcast_to atleast_1d atleast_2d atleast_3d ravel view_as_real view_as_complex requires_grad_".split()
 )
 
+_RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze ravel view_as reshape_as".split())
+_PERMUTATIONS = frozenset("transpose permute swapaxes swapdims movedim moveaxis t".split())
+
 _NORMS = ("batch_norm", "instance_norm")
 
 _RANDOM = frozenset(
@@ -173,6 +176,16 @@ def is_noop(node: fx.Node, root: nn.Module) -> bool:
     if name == "to" and node.op == "call_method" and "dtype_kept" in node.meta:
         return bool(node.meta["dtype_kept"])
     return False
+
+
+def is_permutation(node: fx.Node) -> bool:
+    """Whether the node only permutes the dimensions of its input."""
+    return name_of(node) in _PERMUTATIONS and node.op in ("call_method", "call_function")
+
+
+def rearranges(node: fx.Node) -> bool:
+    """Whether the node's value has the elements of its first input, in another shape or order."""
+    return is_permutation(node) or (name_of(node) in _RESHAPES and node.op in ("call_method", "call_function"))
 
 
 def aliased(node: fx.Node, root: nn.Module) -> fx.Node | None:
