@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def network(depth: int, epsilon: float) -> mfx.MomentumNet:
     torch.manual_seed(0)
     field = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
     gamma = 1 - 1 / (epsilon * depth) if epsilon else 0.0
-    return mfx.MomentumNet([Layer(field, k / depth, 1 / depth) for k in range(depth)], gamma, use_backprop=False)
+    return mfx.MomentumNet([Layer(field, k / depth, 1 / depth) for k in range(depth)], gamma, use_backprop=gamma == 0)
 
 
 def train(net: mfx.MomentumNet, x: Tensor, steps: int) -> float:
@@ -92,21 +93,22 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
     axes[0].set_ylabel("x (dots: where it should end)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    Image.open(path).quantize(64).save(path, optimize=True)  # a third of the size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trajectories of ResNets and Momentum ResNets on a line.")
     parser.add_argument("--depth", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=250, help="training steps")
+    parser.add_argument("--steps", type=int, default=350, help="training steps")
     parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
     parser.add_argument("--out", type=Path, default=PICTURE)
     options = parser.parse_args()
     depth, steps = (12, 40) if options.quick else (options.depth, options.steps)
 
     x = torch.linspace(-1, 1, 31).unsqueeze(1)
-    table = Table("network", "gamma", "loss", "loss of x -> 0", "pairs that cross")
+    table = Table("network", "gamma", "loss", "of x -> 0", "pairs that cross")
     found = {}
-    for epsilon in (0.0, 0.2, 1.0):
+    for epsilon in (0.0, 0.4, 1.0):
         net = network(depth, epsilon)
         loss = train(net, x, steps)
         name = f"momentum, epsilon = {epsilon:g}" if epsilon else "ResNet"

@@ -11,8 +11,9 @@ the memory figure of Sander, Ablin, Blondel and Peyré, "Momentum Residual Neura
 Two numbers are measured. The bytes kept for backward are those of the tensors that autograd holds when the
 forward has ended (`mfx.memory.kept_bytes`). The peak of a whole training step is the largest sum of bytes in all
 tensor storages that are alive after any operation of forward and backward: a dispatch mode sees every operation,
-weak references tell when a storage is gone. Unlike the resident set of the process, it does not depend on the
-allocator. Parameters and the input are counted in neither.
+weak references tell when a storage is gone. It equals what the profiler counts, and the growth of the resident set
+under an allocator that returns every block (glibc with MALLOC_MMAP_THRESHOLD_=65536). Parameters and the input are
+counted in neither.
 """
 
 import argparse

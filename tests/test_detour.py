@@ -41,9 +41,9 @@ class Stack(nn.Module):
         return self.layers(x)
 
 
-def tokens(count: int = 4) -> Tensor:
+def tokens() -> Tensor:
     torch.manual_seed(0)
-    return torch.randn(2, count, 6, dtype=torch.float64, requires_grad=True)
+    return torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
 
 
 def by_hand(model: Any, x: Tensor) -> Tensor:
@@ -79,15 +79,13 @@ def test_a_rearrangement_that_is_undone_does_not_part_a_chain(kind, capture):
 
 NOT_UNDONE: dict[str, tuple[Rearrange, Rearrange, int]] = {
     "another order": (lambda x: x.transpose(0, 1), lambda x: x.reshape(2, 4, 6), 6),
-    "one way only": (lambda x: x.transpose(1, 2), lambda x: x, 6),
     "something between": (lambda x: x.reshape(-1, 6), lambda x: (2 * x).view(2, 4, 6), 6),
-    "a roll": (lambda x: x.roll(1, 0), lambda x: x.roll(1, 0), 6),
 }
 
 
 @pytest.mark.parametrize("kind", NOT_UNDONE)
 def test_a_rearrangement_that_is_not_undone_parts_it(kind):
-    model, x = Stack(*NOT_UNDONE[kind]), tokens(6 if kind == "one way only" else 4)
+    model, x = Stack(*NOT_UNDONE[kind]), tokens()
     mm = mfx.momentumize(model, GAMMA, example_inputs=x)
     assert max(len(chain) for chain in mm._mfx.chains) <= 2, "a chain goes through the rearrangement"
     assert_same(run(mfx.momentumize(model, 0.0, example_inputs=x), x), run(model, x))
