@@ -44,7 +44,7 @@ def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     import timm
 
     for family in timm.list_modules():
-        names = timm.list_models(module=family)
+        names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
         if names:
             yield family, lambda names=names: _timm_model(timm, names)
 
