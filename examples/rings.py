@@ -95,7 +95,7 @@ def steepest(net: mfx.MomentumNet, x: Tensor) -> float:
 
 
 def draw(nets: dict[str, tuple[mfx.MomentumNet, nn.Linear]], path: Path) -> None:
-    """Points and the middle lines of the rings after some layers; at the end, the line of the classifier."""
+    """Points, the edge of the disc and the middle of the rings after some layers; the classifier's line."""
     x, label = rings(600, seed=5000)
     angle = torch.linspace(0, 2 * torch.pi, 1000).unsqueeze(1)
     circles = [radius * torch.cat([angle.cos(), angle.sin()], dim=1) for radius in (0.47, 1.0, 1.67)]
