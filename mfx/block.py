@@ -31,7 +31,7 @@ class Block:
 
     ``value`` is the node of f(x) or G(x); ``members`` are the nodes that compute it, in order; ``sides``
     are read from outside, ``escapes`` are members (never ``value`` of a wrapped block) read outside.  ``passed``
-    are nodes that do nothing, between the skip and the add.
+    are nodes that do nothing, between the skip and the add; ``branch_first`` says in which order it takes its operands.
     """
 
     kind: str
@@ -45,6 +45,7 @@ class Block:
     written: str = ""
     tail: tuple[fx.Node, ...] = ()
     passed: tuple[fx.Node, ...] = ()
+    branch_first: bool = False
     name: str = ""
 
     @property

@@ -122,7 +122,7 @@ def _match(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | None:
     written = "" if form.written is None else "branch" if form.written is value else "skip"
     block = collect(flow, "residual", skip, value, add, scale=scale, written=written)
     passed = _passed(form.left if value is form.right else form.right, skip, add)
-    checked = check(flow, replace(block, passed=passed))
+    checked = check(flow, replace(block, passed=passed, branch_first=value is form.left))
     if not shared and isinstance(checked, Rejection) and checked.reason is Reason.NO_PARAMETERS:
         return None
     return checked

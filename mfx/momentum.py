@@ -56,7 +56,8 @@ class StepSpec:
     moves no running statistics, which are the sides numbered in ``statistics``.  ``modules`` are called whole by
     the branch, ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
     whether it may compute otherwise without gradient (fast paths of attention).  ``written`` is the operand
-    ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has.
+    ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has; ``branch_first``
+    says whether its add takes the branch first, which may decide the memory format of the sum, and so what dropout draws.
     """
 
     name: str
@@ -73,6 +74,7 @@ class StepSpec:
     statistics: frozenset[int]
     draws: bool
     sees_grad_mode: bool
+    branch_first: bool = False
 
     def result_dtype(self, x: torch.dtype, value: torch.dtype) -> torch.dtype:
         """The dtype that the original's add gives."""
@@ -111,7 +113,7 @@ def advance(step: StepSpec, x: Tensor, v: Tensor | None, value: Tensor) -> tuple
     if step.scale != 1.0:
         branch = branch * step.scale
     if step.gamma == 0:
-        return x + branch, branch
+        return branch + x if step.branch_first else x + branch, branch
     v = branch * (1 - step.gamma) if v is None else torch.add(v * step.gamma, branch, alpha=1 - step.gamma)
     return x + v, v
 

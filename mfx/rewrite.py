@@ -284,6 +284,7 @@ def _step(block: Block, gamma: float, values: dict[fx.Node, State | Escape], flo
         statistics=frozenset(number for number, side in enumerate(block.sides) if side in moved),
         draws=any(_may_draw(node, flow.root) for node in block.members),
         sees_grad_mode=any(operations.sees_grad_mode(node, flow.root) for node in block.members),
+        branch_first=block.branch_first,
     )
 
 

@@ -298,3 +298,24 @@ def assert_changes_nothing(model: nn.Module, x: Tensor, change: Callable[[nn.Mod
         backward(out)
         found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert relative_error(*found) < 1e-12
+
+
+def test_the_order_of_the_operands_of_an_add_is_kept():
+    """The sum of differently laid out tensors takes the layout of the first, and dropout draws in the order of memory."""
+
+    class Layouts(nn.Module):
+        def __init__(self, width: int, first: bool) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(width, width, 1)
+            self.first = first
+
+        def forward(self, x: Tensor) -> Tensor:
+            branch = self.conv(F.dropout(x, 0.3, self.training)).contiguous(memory_format=torch.channels_last)
+            return branch + x if self.first else x + branch
+
+    for first in (True, False):
+        model = ConvNet(3, block=Layouts, first=first)
+        for capture in ("fx", "dynamo"):
+            mm = mfx.momentumize(model, 0.0, example_inputs=images(), capture=capture)
+            x = images()
+            assert_same(run(mm, x), run(model, x))
