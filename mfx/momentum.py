@@ -57,7 +57,8 @@ class StepSpec:
     the branch, ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
     whether it may compute otherwise without gradient (fast paths of attention).  ``written`` is the operand
     ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has; ``branch_first``
-    says whether its add takes the branch first, which may decide the memory format of the sum, and so what dropout draws.
+    says whether its add takes the branch first, which may decide the memory format of the sum, and so what later
+    dropout draws.
     """
 
     name: str

@@ -34,7 +34,7 @@ from mfx.parts import drift
 from mfx.precision import Schedule, default_tolerance
 from mfx.recompute import autocast_dtype
 from mfx.report import format_bytes
-from mfx.reversible import observing
+from mfx.tape import observing
 
 _TIMED = 2
 

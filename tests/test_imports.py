@@ -68,7 +68,7 @@ def test_arrows_point_one_way(module, others):
     assert not behind(module) & others
 
 
-@pytest.mark.parametrize("module", ["momentum", "reversible", "recompute", "precision"])
+@pytest.mark.parametrize("module", ["momentum", "tape", "reversible", "recompute", "precision"])
 def test_what_runs_the_recurrence_knows_no_fx(module):
     path = PACKAGE / f"{module}.py"
     names = imports(path) | {name for inner in behind(module) for name in imports(PACKAGE / f"{inner}.py")}

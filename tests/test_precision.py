@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mfx
 from mfx.model import momentum_of
 from mfx.precision import Schedule, default_tolerance, growth, schedule
-from mfx.reversible import observing
+from mfx.tape import observing
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -301,7 +301,7 @@ def assert_changes_nothing(model: nn.Module, x: Tensor, change: Callable[[nn.Mod
 
 
 def test_the_order_of_the_operands_of_an_add_is_kept():
-    """The sum of differently laid out tensors takes the layout of the first, and dropout draws in the order of memory."""
+    """The sum of differently laid out tensors takes the layout of the first, and dropout draws in memory order."""
 
     class Layouts(nn.Module):
         def __init__(self, width: int, first: bool) -> None:
