@@ -29,7 +29,7 @@ from mfx.errors import BackwardError, InputTypeError
 from mfx.momentum import ChainSpec, Inner, StepSpec, stored
 from mfx.precision import Schedule
 from mfx.recompute import Autocast, Conditions, autocast_dtype, is_symbolic, parameters_as_operands, submodule
-from mfx.tape import Tape, compiling, size_of
+from mfx.tape import Tape, compiling, of_twin, size_of, twin_of
 
 
 def run(
@@ -227,6 +227,7 @@ class Close(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.tape = tape
         kept = [tensor for pair in tape.snapshots.values() for tensor in pair if tensor is not None]
+        kept = list(map(twin_of, kept)) if compiling(x) else kept
         end = [x, v] if tape.inverts_last else []
         start = [] if tape.start is None else [tape.start]
         ctx.save_for_backward(*end, *start, *kept)
@@ -234,6 +235,7 @@ class Close(torch.autograd.Function):
         if not tape.inverts_last and not compiling(x):
             tape.size = size_of(x)
         ctx.layout = [(index, pair[1] is not None) for index, pair in tape.snapshots.items()]
+        ctx.dtype = x.dtype
         tape.snapshots = {}
         values = (x.to(tape.dtypes[-1]), *handed)
         return tuple(_handed_out(value, index in tape.chain.copied) for index, value in enumerate(values))
@@ -248,7 +250,8 @@ class Close(torch.autograd.Function):
         tape.drifts = []
         end = tape.state
         tape.end = None if end is None else size_of(tape.carry.velocity(len(tape.chain.steps), end[1]))
-        tape.snapshots = {index: (next(saved), next(saved) if both else None) for index, both in ctx.layout}
+        snapshots = (value if value.is_floating_point() else of_twin(value, ctx.dtype) for value in saved)
+        tape.snapshots = {index: (next(snapshots), next(snapshots) if both else None) for index, both in ctx.layout}
         tape.position = len(tape.chain.steps)
         return None, grads[0], None, *grads[1:]
 

@@ -3,6 +3,8 @@
 1. Forward, a step that is planned to leaves its state here, as a snapshot (:mod:`mfx.precision`).
 2. Backward, each step takes the state after it off the tape, and leaves the state before it.
 3. Where the state is known, what was reconstructed is held against it (:mod:`mfx.drift`).
+4. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
+   between.  So it is given the snapshot as a *twin*, with some bits turned, which backward turns back.
 
 How the state is computed, and undone, is up to :mod:`mfx.carry`.
 """
@@ -161,3 +163,16 @@ def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 def size_of(value: Tensor) -> Tensor:
     """The L2 norm."""
     return torch.linalg.vector_norm(value.detach())
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def twin_of(value: Tensor) -> Tensor:
+    """The bits of ``value``, one of them turned, as whole numbers."""
+    return value.view(_BITS[value.element_size()]) ^ 1
+
+
+def of_twin(twin: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value of a twin."""
+    return (twin ^ 1).view(dtype)
