@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from mfx.dynamo import pass_by_masks
 from mfx.errors import CompileError, PlanChangedError
 from mfx.handed import kind_of, note_shape
 from mfx.lifted import mark, momentumize_graph
@@ -140,6 +141,7 @@ def _enter(context: Any) -> None:
         )
     regions.open = _Region(root, momentum, set(output.graph.nodes))
     teach()
+    pass_by_masks(root)
     output.__dict__[MODULES] = named_modules(root, momentum.options)
 
 

@@ -112,7 +112,7 @@ def capture_dynamo(
     """
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
 
-    _teach(root)
+    pass_by_masks(root)
     frame = _frame(root, forward, args, kwargs)
     bound = types.MethodType(forward, root)
     # The patch has to lie inside the metrics context, which torch 2.11 would else try to write it to.
@@ -243,7 +243,7 @@ def _settings() -> Any:
     return config.patch(ignore_logging_functions=ignored, skip_nnmodule_hook_guards=False)
 
 
-def _teach(root: nn.Module) -> None:
+def pass_by_masks(root: nn.Module) -> None:
     """Let Dynamo pass by nn.Transformer's look at a mask's values; its result is a hint, and "no" is always right."""
     from torch.nn.modules import transformer
 

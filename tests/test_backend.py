@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled import chains, gradients, handed, recording
 from helpers import relative_error
 from nets import ConvNet, Net, images, rows
 from torch import nn
@@ -22,8 +22,6 @@ from mfx.counter import draw_seed
 from mfx.handed import prepare
 from mfx.memory import kept_bytes
 
-handed: list[Any] = []
-
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
@@ -31,24 +29,6 @@ def _fresh_dynamo():
     handed.clear()
     yield
     torch._dynamo.reset()
-
-
-def recording(gm, example_inputs):
-    """An inner backend that keeps the graph it is given and runs it."""
-    handed.append(gm)
-    return gm.forward
-
-
-def gradients(call, model, *inputs):
-    """Output and gradients of inputs and parameters of one step."""
-    y = call(*inputs)
-    wanted = [*(x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad), *model.parameters()]
-    return y.detach(), torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)
-
-
-def chains(gm) -> list[str]:
-    """The names of the chain nodes of a graph."""
-    return [node.target.__name__ for node in gm.graph.nodes if node.name.startswith("momentum")]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -124,6 +104,14 @@ def test_models_in_a_compiled_function_are_named_by_it():
 
     torch.compile(lambda x: first(x) + second(x), backend=inner, fullgraph=True)(rows())
     assert {"first.blocks.0", "second.blocks.1.norm"} <= set(names[0])
+
+
+def test_once_installed_it_is_found_by_its_name():
+    if not importlib.metadata.entry_points(group="torch_dynamo_backends", name="mfx"):
+        pytest.skip("mfx is not installed here")
+    model, x = Net(3, p=0.0), rows()
+    net = torch.compile(model, backend="mfx", options={"gamma": 0.8, "inner": "eager"}, fullgraph=True)
+    assert relative_error(net(x), mfx.momentumize(model, 0.8)(x)) < 1e-12
 
 
 def test_the_entry_point_names_a_backend():

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from compiled import chains, gradients, handed, recording
 from helpers import relative_error
-from nets import ConvNet, Net, images, rows
+from nets import Block, ConvNet, Net, images, rows
 from torch import nn
 
 import mfx
 from mfx.memory import kept_bytes
-
-handed: list[Any] = []
+from mfx.precision import schedule
 
 
 @pytest.fixture(autouse=True)
@@ -25,24 +24,6 @@ def _fresh_dynamo():
     handed.clear()
     yield
     torch._dynamo.reset()
-
-
-def recording(gm, example_inputs):
-    """A backend that keeps the graph it is given and runs it."""
-    handed.append(gm)
-    return gm.forward
-
-
-def gradients(call, model, *inputs):
-    """Output and gradients of inputs and parameters of one step."""
-    y = call(*inputs)
-    wanted = [*(x for x in inputs if x.requires_grad), *model.parameters()]
-    return y.detach(), torch.autograd.grad(y.square().sum(), wanted)
-
-
-def chains(gm) -> list[str]:
-    """The names of the chain nodes of a graph."""
-    return [node.target.__name__ for node in gm.graph.nodes if node.name.startswith("momentum")]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -114,6 +95,22 @@ def test_bytes_kept_do_not_grow_with_depth():
         return kept_bytes(mm, [x], lambda: net(x))[0]
 
     assert kept(8) <= kept(4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+def test_bytes_kept_are_those_of_the_plan(gamma, backend):
+    """A snapshot and what is recomputed from it are not merged with the forward, which would keep whole blocks."""
+    depth, width = 24, 16
+    model = nn.Sequential(*(Block(width, 0.1) for _ in range(depth)))
+    x = torch.randn(64, width)
+    net = torch.compile(model, backend=mfx.backend(gamma, backend), fullgraph=True)
+    planned = schedule((gamma,) * depth, torch.float32, same_branches=False)
+    kept, _ = kept_bytes(model, [x], lambda: net(x))
+    state = x.numel() * x.element_size()
+    seed = 64
+    assert kept <= planned.bytes_an_element(depth) * x.numel() + state + seed
+    assert kept >= (planned.state_count(depth) - 1) * state
 
 
 def test_dynamo_captured_models_compile():

@@ -259,13 +259,16 @@ def test_compiled_it_is_one_graph_and_the_same(kind):
         new: Any = mfx.transform_to_momentumnet(Toy(), "plain", GAMMA)
         for module in new.modules():
             module.p = 0.0 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
-        inputs = (rows(),)
+        inputs, masks = (rows(),), {}
     else:
         model = nn.Transformer(8, 2, 2, 2, 16, dropout=0.0, batch_first=True).double()
         new = mfx.transform_to_momentumnet(model, ["encoder.layers", "decoder.layers"], GAMMA, keep_first_layer=False)
         inputs = tuple(torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 4))
-    expected = run(new, *inputs)
-    found = run(torch.compile(new, fullgraph=True, backend="aot_eager"), *inputs)
+        padding = torch.tensor([[False, False, False, True, True], [False] * 5])
+        causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding, "tgt_mask": causal}
+    found = run(torch.compile(new, fullgraph=True, backend="aot_eager"), *inputs, **masks)
+    expected = run(new, *inputs, **masks)
     assert relative_error(list(found.grads.values()), list(expected.grads.values())) < 1e-9
     assert relative_error(found.input_grads, expected.input_grads) < 1e-9
 
