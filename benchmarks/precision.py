@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import mfx
 from mfx.memory import kept_bytes
-from mfx.model import specs_of
+from mfx.model import momentum_of
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
 LIMIT = 1e-3
@@ -78,7 +78,7 @@ def of_mfx(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[str, Any
         warnings.simplefilter("always")
         wrong = error(gradient(reversible, x), gradient(stored, x))
     share = kept_bytes(reversible, [x], lambda: reversible(x))[0] / kept_bytes(stored, [x], lambda: stored(x))[0]
-    (spec,) = specs_of(reversible)
+    (spec,) = momentum_of(reversible).latest()
     plan = spec.schedule(x.dtype)
     count = plan.state_count(len(functions))
     dtype = str(plan.state_dtype).removeprefix("torch.")

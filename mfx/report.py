@@ -20,8 +20,9 @@ from torch import fx, nn
 from mfx.block import Block, Rejection
 from mfx.capture import as_call
 from mfx.dataflow import SHAPE
-from mfx.model import Entry, Momentum, check_model
+from mfx.model import Momentum, check_model
 from mfx.options import Gamma, Patterns, make_options
+from mfx.pipeline import Entry
 from mfx.plan import Chain
 from mfx.recompute import autocast_dtype
 from mfx.shapes import DTYPE, Fake, propagate_shapes

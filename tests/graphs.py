@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mfx.find import Found
-from mfx.model import Entry, first_call, prepare
 from mfx.options import make_options
+from mfx.pipeline import Entry, first_call, prepare
 
 X = torch.ones(2, 4, dtype=torch.float64)
 """An example input."""
