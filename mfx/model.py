@@ -37,6 +37,7 @@ from mfx.errors import (
 )
 from mfx.momentum import ChainSpec
 from mfx.options import Gamma, Options, Patterns, Velocity, check_gamma, make_options
+from mfx.parts import refuse_replica
 from mfx.pipeline import Entry, prepare, prepare_dynamo
 from mfx.rewrite import with_gammas
 from mfx.whole import STATE
@@ -107,6 +108,7 @@ class Momentum:
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
+        refuse_replica(root)
         entry = self.entry(root, args, kwargs)
         self.warn_of_hooks(entry, stacklevel=2)
         return entry.run(root, args, kwargs)

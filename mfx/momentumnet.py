@@ -31,6 +31,7 @@ from mfx.errors import InputTypeError, OptionError, ShapeError
 from mfx.inverse import Chain
 from mfx.momentum import ChainSpec, StepSpec
 from mfx.options import Gamma, Options, check_gamma, gamma_of, make_options
+from mfx.parts import refuse_replica
 from mfx.precision import Schedule, schedule
 from mfx.reversible import run
 from mfx.whole import STATE
@@ -111,6 +112,7 @@ class MomentumNet(nn.Module):
         """x_n from x; the extra arguments are handed to every function."""
         if torch.compiler.is_dynamo_compiling():
             return traced(self, getattr(self, STATE), _in_sequence, (x, *args), kwargs)
+        refuse_replica(self)
         leaves, layout = pytree.tree_flatten((args, kwargs))
         _refuse_hidden(leaves)
         spec, operands = self._chain(layout, leaves)

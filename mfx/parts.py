@@ -51,6 +51,15 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
     return found
 
 
+def refuse_replica(module: nn.Module) -> None:
+    """Raise for a copy that ``torch.nn.DataParallel`` made: it has no parameters, and would get no gradients."""
+    if module.__dict__.get("_is_replica"):
+        raise InputTypeError(
+            f"{type(module).__name__} runs momentum chains, which torch.nn.DataParallel's copies of a model cannot: "
+            "they have no parameters of their own. Use torch.nn.parallel.DistributedDataParallel"
+        )
+
+
 def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
     """Change gamma of a momentumized model in place, for annealing; takes effect at the next forward.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
 from mfx.carry import carry
@@ -85,6 +86,7 @@ def _reversible(
     seed: Tensor | None,
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
+    _refuse_lazy(chain, operands)
     chain.drift.poll()
     tape = Tape(chain, plan, root, Autocast.current(x.device), dtype)
     tape.start = v
@@ -321,6 +323,15 @@ def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
             "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
             f"stored. From autograd: {error}"
         ) from error
+
+
+def _refuse_lazy(chain: ChainSpec, operands: Sequence[Sequence[Any]]) -> None:
+    for step, group in zip(chain.steps, operands, strict=True):
+        if any(isinstance(operand, UninitializedTensorMixin) for operand in group):
+            raise InputTypeError(
+                f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
+                "gradients (torch.no_grad()) first"
+            )
 
 
 def _refuse_moved(ctx: Any, step: StepSpec, operands: list[Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, kept_bytes, relative_error, run
+from nets import Net
 from torch import Tensor, nn
 
 import mfx
@@ -371,3 +372,21 @@ def test_a_function_that_changes_the_shape_is_named(use_backprop):
         mfx.MomentumNet([nn.LSTM(2, 2)], 0.9, use_backprop=use_backprop)(x)
     with pytest.raises(mfx.ShapeError, match="init_function returned shape"):
         mfx.MomentumNet([nn.Linear(2, 2)], 0.9, True, nn.Linear(2, 1))(x)
+
+
+def test_lazy_functions_are_to_be_run_once_before():
+    functions = [nn.Sequential(nn.LazyLinear(9), nn.Tanh(), nn.LazyLinear(WIDTH)) for _ in range(3)]
+    net = mfx.MomentumNet(functions, 0.8, use_backprop=False)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    with pytest.raises(mfx.InputTypeError, match=r"'network\.0' has a lazy module .* run the model once"):
+        net(x)
+    with torch.no_grad():
+        net(x)
+    assert_same(run(net, x), run(Plain(net, True), x), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["net", "model"])
+def test_copies_for_data_parallel_are_refused(kind):
+    model: Any = net_of(use_backprop=False) if kind == "net" else mfx.momentumize(Net(), 0.8)
+    with pytest.raises(mfx.InputTypeError, match="DistributedDataParallel"):
+        model._replicate_for_data_parallel()(rows())
