@@ -211,17 +211,19 @@ def draw(runs: dict[str, Run], baseline: float, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pretrained encoder while it becomes a Momentum ResNet.")
     parser.add_argument("--quick", action="store_true", help="three ways, one layer, two steps, to see that it runs")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="the unconverted model first")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    steps, every, layers, held_out = (2, 2, 1, 40) if options.quick else (STEPS, 25, 6, 400)
+    steps, every, layers, held_out = (2, 2, 1, 40) if options.quick else (options.steps, options.steps // 4, 6, 400)
     texts = docstrings("asyncio/*.py", 100) if options.quick else docstrings("**/*.py", 1600)
     tests, data = tuple(part[:held_out] for part in texts), tuple(part[held_out:] for part in texts)
     console = Console(width=120, highlight=False)
     console.print(f"{len(data[0])} docstrings to train on, {held_out} to test on")
-    names = list(WAYS)[:3] if options.quick else list(WAYS)
+    names = list(WAYS)[:3] if options.quick else options.ways
     runs = fine_tune(names, data, tests, steps, every, layers)
     baseline = probe(data, tests, layers)
     show(runs, baseline, console)

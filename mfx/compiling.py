@@ -29,6 +29,7 @@ from mfx.errors import CompileError, PlanChangedError
 from mfx.handed import kind_of, note_shape
 from mfx.lifted import mark, momentumize_graph
 from mfx.options import Options
+from mfx.pipeline import require_whole
 from mfx.region import join, part
 from mfx.rewrite import Velocity
 from mfx.whole import MODULES, named_modules, teach
@@ -211,6 +212,7 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
         for node in inner.graph.nodes:
             note_shape(node)
     new = momentumize_graph(inner, region.momentum.options, _velocities(region, [inputs[node] for node in velocities]))
+    require_whole(region.root, new.found, new.plan)
     expected = region.momentum.expected(region.root)
     if expected is not None and new.plan.names != expected:
         raise PlanChangedError(

@@ -64,7 +64,7 @@ def prepare(
     sizes = propagate_shapes(captured.graph, model, tensors) if options.shapes and tensors is not None else {}
     found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
-    _require_whole(model, found, planned)
+    require_whole(model, found, planned)
     return Entry(captured, found, planned, rewrite(found, planned), sizes)
 
 
@@ -75,17 +75,20 @@ def prepare_dynamo(
     captured = capture_dynamo(model, forward, args, kwargs, named_modules(model, options))
     found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
-    _require_whole(model, found, planned)
+    require_whole(model, found, planned)
     return Entry(captured, found, planned, rewrite(found, planned), {})
 
 
-def _require_whole(model: nn.Module, found: Found, planned: Plan) -> None:
+def require_whole(model: nn.Module, found: Found, planned: Plan) -> None:
     """Where nothing but the named modules was to be rewritten, each of them must be."""
     if not planned.options.only_whole:
         return
     kept = {row.name.partition("#")[0]: row.text for row in planned.rejections}
     rewritten = {name.partition("#")[0] for chain in planned.names for name in chain}
-    for path in named_modules(model, planned.options).values():
+    named = sorted(named_modules(model, planned.options).values())
+    for path in named:
+        if any(path.startswith(f"{outer}.") for outer in named):
+            continue
         if path not in rewritten or path in kept:
             why = kept.get(path, f"{type(model).__name__}.forward does not call it, or not for a tensor")
             raise OptionError(
