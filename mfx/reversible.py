@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from mfx.carry import carry
@@ -327,7 +327,7 @@ def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
 
 def _refuse_lazy(chain: ChainSpec, operands: Sequence[Sequence[Any]]) -> None:
     for step, group in zip(chain.steps, operands, strict=True):
-        if any(isinstance(operand, UninitializedTensorMixin) for operand in group):
+        if any(is_lazy(operand) for operand in group):
             raise InputTypeError(
                 f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
                 "gradients (torch.no_grad()) first"
