@@ -24,10 +24,10 @@ _KNOWN_NAMESPACES = ("torch", "_operator", "operator", "math", "builtins", "eino
 
 _QUERIES = frozenset(
     "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point "
-    "is_complex get_device shape dtype device ndim layout is_cuda itemsize requires_grad finfo iinfo len".split()
+    "is_complex get_device shape dtype device ndim layout is_cuda itemsize nbytes requires_grad is_leaf "
+    "is_cpu is_meta is_mps is_xpu is_sparse is_quantized is_nested is_mkldnn finfo iinfo len".split()
 )
 _LIKE_FACTORIES = frozenset("zeros_like ones_like empty_like full_like rand_like randn_like randint_like".split())
-_TENSOR_ATTRIBUTES = frozenset("T mT H mH real imag data grad".split())
 
 _VIEWS = frozenset(
     "view reshape transpose permute flatten unflatten squeeze unsqueeze expand expand_as narrow select chunk "
@@ -133,10 +133,7 @@ def is_query(node: fx.Node) -> bool:
     """Whether the node reads only shape, dtype, device and the like of its input."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = name_of(node)
-    if node.target is getattr:
-        return name not in _TENSOR_ATTRIBUTES
-    return name in _QUERIES
+    return name_of(node) in _QUERIES
 
 
 def is_like_factory(node: fx.Node) -> bool:
@@ -262,8 +259,10 @@ def draws_nothing(node: fx.Node) -> bool:
 
 
 def takes_item(node: fx.Node) -> bool:
-    """Whether the node is ``values[i]``, i a constant whole number."""
-    return node.target is operator.getitem and isinstance(node.args[1], int) and not isinstance(node.args[1], bool)
+    """Whether the node is one of several values: ``values[i]``, ``values["name"]`` or ``values.name``."""
+    if node.target is getattr:
+        return not is_query(node)
+    return node.target is operator.getitem and isinstance(node.args[1], (int, str))
 
 
 def sees_grad_mode(node: fx.Node, root: nn.Module) -> bool:

@@ -119,6 +119,7 @@ class Step(torch.autograd.Function):
         tape.observe(0, x, v) if index == 0 else None
         tape.strides.append(x.stride())
         sides = operands[: len(step.sides)]
+        _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
         seen = [x, *compress(sides, to_save)]
         versions = [] if tape.symbolic else [tensor._version for tensor in seen]
         ctx.conditions = conditions_of(step, tape.root, x)
@@ -131,7 +132,7 @@ class Step(torch.autograd.Function):
         if versions and [tensor._version for tensor in seen] != versions:
             raise BackwardError(
                 f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
-                f"be recomputed. Keep the block as it is with exclude={step.name!r}"
+                f"be recomputed. Write to a copy (.clone()), or keep the block as it is with exclude={step.name!r}"
             )
         tape.dtypes.append(step.result_dtype(tape.dtypes[index], value.dtype))
         x, v = tape.carry.advance(index, x, v, value)
@@ -285,15 +286,22 @@ def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
 
 
 def _tensor_or_plain(step: StepSpec, out: Any) -> Any:
-    """A branch's value without its gradient graph; tensors inside anything else would lose their gradient unseen."""
+    """A branch's value without its gradient graph."""
     if isinstance(out, Tensor):
         return out.detach()
-    if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
-        raise BackwardError(
-            f"block {step.name!r}: its branch hands out tensors inside a {type(out).__name__}, and their gradients "
-            f"would be lost. Keep the block as it is with exclude={step.name!r}"
-        )
+    _refuse_containers(step, [out], "hands out")
     return out
+
+
+def _refuse_containers(step: StepSpec, values: list[Any], what: str) -> None:
+    """Autograd sees tensors only: those inside anything else would lose their gradient unseen."""
+    for value in values:
+        leaves = pytree.tree_leaves(value) if isinstance(value, (tuple, list, dict)) else ()
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise BackwardError(
+                f"block {step.name!r}: its branch {what} tensors inside a {type(value).__name__}, and their gradients "
+                f"would be lost. Pass them on one by one, or keep the block as it is with exclude={step.name!r}"
+            )
 
 
 def _leaf(side: Any) -> Any:

@@ -287,10 +287,35 @@ class Chunks(nn.Module):
         return x + self.down(one), total + two.square().sum()
 
 
+class Largest(Chunks):
+    """The same with the named values of a maximum."""
+
+    def forward(self, x: Tensor, total: Any) -> tuple[Tensor, Any]:
+        found = self.both(x).view(-1, 6, 2).max(-1)
+        return x + self.down(found.indices.to(x.dtype) + x), total + found.values.square().sum()
+
+
+class Dictionary(Chunks):
+    """The same with a module that gives a dict."""
+
+    class Inner(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            one, two = super().forward(x).chunk(2, -1)
+            return {"one": one, "two": two}
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.both = self.Inner(width, 2 * width)
+
+    def forward(self, x: Tensor, total: Any) -> tuple[Tensor, Any]:
+        found = self.both(x)
+        return x + self.down(found["one"]), total + found["two"].square().sum()
+
+
 class ChunkNet(nn.Module):
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, block: Any = Chunks, depth: int = 3) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Chunks() for _ in range(depth))
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -301,12 +326,51 @@ class ChunkNet(nn.Module):
 
 
 @pytest.mark.parametrize("capture", ["fx", "dynamo"])
-def test_one_of_several_values_that_leaves_a_branch_keeps_its_gradient(capture):
+@pytest.mark.parametrize("block", [Chunks, Largest, Dictionary])
+def test_one_of_several_values_that_leaves_a_branch_keeps_its_gradient(block, capture):
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    model = ChunkNet()
+    model = ChunkNet(block)
     options: dict[str, Any] = {"capture": capture, "example_inputs": x}
     assert_same(run(mfx.momentumize(model, 0.0, **options), x), run(model, x))
     stored = mfx.momentumize(model, 0.7, reversible=False, **options)
     mm = mfx.momentumize(model, 0.7, **options)
     assert [len(chain) for chain in mm._mfx.chains] == [3]
     assert_same(run(mm, x), run(stored, x), 1e-9)
+
+
+def test_several_values_that_leave_a_branch_together_are_refused():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(6, 6)
+            self.double()
+
+        def forward(self, x: Tensor) -> Any:
+            found = self.inner(x)
+            return x + found[0], found
+
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    mm = mfx.momentumize(Both(), 0.7)
+    with pytest.raises(mfx.BackwardError, match="hands out tensors inside a tuple, and their gradients would be lost"):
+        mm(x)
+
+
+class Named(nn.Module):
+    """x + f(the larger of pairs, by the name that torch.max gives it, and x)."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).view(-1, 6, 2).max(-1).values + x)
+
+
+def test_an_attribute_of_a_value_is_part_of_the_branch():
+    model, x = Net(3, block=Named), rows()
+    for gamma in (0.0, 0.7):
+        mm = mfx.momentumize(model, gamma)
+        assert mm._mfx.chains == (("blocks.0", "blocks.1", "blocks.2"),)
+        assert_same(run(mm, x), run(mfx.momentumize(model, gamma, reversible=False), x), 1e-9)
+    assert_same(run(mfx.momentumize(model, 0.0), x), run(model, x))
