@@ -371,6 +371,6 @@ def test_an_attribute_of_a_value_is_part_of_the_branch():
     model, x = Net(3, block=Named), rows()
     for gamma in (0.0, 0.7):
         mm = mfx.momentumize(model, gamma)
-        assert mm._mfx.chains == (("blocks.0", "blocks.1", "blocks.2"),)
+        assert [len(chain) for chain in mm._mfx.chains] == [3]
         assert_same(run(mm, x), run(mfx.momentumize(model, gamma, reversible=False), x), 1e-9)
     assert_same(run(mfx.momentumize(model, 0.0), x), run(model, x))
