@@ -127,7 +127,7 @@ def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home
 
     A value computed before the branch starts is taken in where the block's own module computes it.
     """
-    inner = flow.nodes[flow.position[skip] + 1 : end]
+    inner, output = flow.nodes[flow.position[skip] + 1 : end], flow.nodes[end]
     first = min((flow.position[node] for node in members), default=end)
     changed = True
     while changed:
@@ -139,7 +139,7 @@ def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home
         for node in inner:
             if node not in members and _follows(flow, node, skip, members):
                 members.add(node)
-        members |= {user for node in members for user in node.users if _unpacks(user)}
+        members |= {user for node in members - {output} for user in node.users if _unpacks(user)}
         changed = len(members) > before
 
 

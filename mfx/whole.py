@@ -21,6 +21,7 @@ from typing import Any
 from torch import fx, nn
 
 from mfx import operations
+from mfx.dataflow import SHAPE
 from mfx.options import Options, check_patterns
 
 TAKEN = "mfx_taken"
@@ -65,8 +66,8 @@ def calls_of(graph: fx.Graph) -> tuple[Call, ...]:
 
 
 def _first(node: fx.Node) -> fx.Node:
-    """The value of a call, or the first of several: what is only ever indexed."""
-    if not node.users or not all(operations.takes_item(user) for user in node.users):
+    """The value of a call, or the first of several: what is only ever indexed, and not known to be one tensor."""
+    if SHAPE in node.meta or not node.users or not all(operations.takes_item(user) for user in node.users):
         return node
     return next((user for user in node.users if user.args[1] == 0), node)
 

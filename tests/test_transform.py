@@ -322,3 +322,22 @@ def test_a_module_that_returns_a_tuple_is_a_block_of_its_first_value():
     model = Stack()
     new = mfx.transform_to_momentumnet(model, ["layers"], GAMMA, keep_first_layer=False)
     assert_same(run(new, rows()), run(ByHand(model, by_hand), rows()), 1e-9)
+
+
+def test_a_tensor_that_is_only_indexed_is_one_value():
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0]
+
+    model = Stack()
+    by_hand = ByHand(model, lambda m, x: steps(x, m.layers)[0])
+    for capture in ("fx", "dynamo"):
+        options: dict[str, Any] = {"modules": "layers.*", "example_inputs": rows(), "capture": capture}
+        mm = mfx.momentumize(model, GAMMA, **options)
+        assert momentum_of(mm).chains == (("layers.0", "layers.1", "layers.2"),)
+        assert_same(run(mm, rows()), run(by_hand, rows()), 1e-9)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graphs import Part, X, case, found, net, only_block, prepared
 from helpers import assert_same, run
-from torch import nn
+from torch import Tensor, nn
 
 import mfx
 from mfx import Reason
@@ -117,3 +117,30 @@ def test_a_module_that_the_caller_names_is_a_block_as_a_whole():
 def test_a_named_module_that_changes_the_shape_is_kept():
     (row,) = found(lambda self, x: self.b(x), {"b": nn.Linear(4, 3)}, X, modules="b").rejections
     assert (row.name, row.reason) == ("b", Reason.BROADCAST)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_item_of_the_last_value_is_taken_of_the_chains_result(index):
+    """Only indexed from then on, the value is still x', not what the last branch computes."""
+
+    class Post(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.relu(x + layer(x))
+            return x[index]
+
+    model = Post()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    v, state = torch.zeros_like(x), x
+    for layer in model.layers:
+        v = 0.7 * v + 0.3 * (torch.relu(state + layer(state)) - state)
+        state = state + v
+    for given in ({}, {"example_inputs": x}, {"example_inputs": x, "capture": "dynamo"}):
+        mm = mfx.momentumize(model, 0.7, **given)
+        assert [len(chain) for chain in mm._mfx.chains] == [3]
+        assert torch.allclose(mm(x), state[index], atol=1e-12)
