@@ -141,6 +141,13 @@ def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home
                 members.add(node)
         members |= {user for node in members - {output} for user in node.users if _unpacks(user)}
         changed = len(members) > before
+    # Of several values from outside the block takes the items it needs: autograd sees tensors only.
+    members -= {node for node in members if operations.takes_item(node) and _from_outside(node, skip, members)}
+
+
+def _from_outside(node: fx.Node, skip: fx.Node, members: set[fx.Node]) -> bool:
+    source = node.all_input_nodes[0]
+    return source not in members and source is not skip
 
 
 def _within(node: fx.Node, home: str) -> bool:

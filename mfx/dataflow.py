@@ -108,9 +108,9 @@ def _source(node: fx.Node, root: nn.Module) -> fx.Node:
 def before_rearranging(node: fx.Node) -> tuple[fx.Node, ...]:
     """The rearranging operations that ``node`` is the last of, in order."""
     found: list[fx.Node] = []
-    while operations.rearranges(node) and isinstance(node.args[0], fx.Node):
+    while operations.rearranges(node):
         found.append(node)
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     return tuple(reversed(found))
 
 
@@ -119,7 +119,7 @@ def rearranged(node: fx.Node) -> tuple[fx.Node, ...]:
     found: list[fx.Node] = []
     while True:
         users = [user for user in node.users if not operations.is_query(user)]
-        if len(users) != 1 or not operations.rearranges(users[0]) or users[0].args[0] is not node:
+        if len(users) != 1 or not operations.rearranges(users[0]) or users[0].all_input_nodes[0] is not node:
             return tuple(found)
         node = users[0]
         found.append(node)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mfx.errors import BackwardError, InputTypeError, OptionError
-from mfx.momentum import ChainSpec, Escape, State, advance, branch_of
+from mfx.momentum import ChainSpec, Escape, State, advance, branch_of, check_velocity
 from mfx.parts import parts_of
 from mfx.precision import floating_error
 from mfx.recompute import submodule
@@ -98,7 +98,7 @@ class Chain:
             >>> chain.forward(x)[0].shape
             torch.Size([1, 64, 8, 8])
         """
-        groups = self._check(x, sides)
+        groups = self._check(x, v, sides)
         dtype = self._dtype(x)
         x = x.to(torch.float64)
         v = None if v is None else v.to(torch.float64)
@@ -136,7 +136,7 @@ class Chain:
 
         Source: Sander et al., ICML 2021, arXiv 2102.07870, equation (6).
         """
-        groups = self._check(x, sides)
+        groups = self._check(x, v, sides)
         zero = [step.name for step in self._spec.steps if step.gamma == 0]
         if zero:
             raise OptionError(
@@ -159,7 +159,8 @@ class Chain:
                 return submodule(self._root, path)._parameters[name].dtype  # type: ignore[union-attr]
         return x.dtype
 
-    def _check(self, x: Tensor, sides: Sequence[Sequence[Any]] | None) -> Sequence[Sequence[Any]]:
+    def _check(self, x: Tensor, v: Tensor | None, sides: Sequence[Sequence[Any]] | None) -> Sequence[Sequence[Any]]:
+        check_velocity(self.name, x, v)
         if x.is_complex():
             raise InputTypeError(f"{self.name}: x is complex ({x.dtype}), and the recurrence is for real numbers")
         for step in self._spec.steps:

@@ -125,6 +125,15 @@ def retreat(step: StepSpec, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
     return torch.sub(v, branch, alpha=step.scale * (1 - step.gamma)).div_(step.gamma)
 
 
+def check_velocity(chain: str, x: Tensor, v: Tensor | None) -> None:
+    """A velocity of another shape would broadcast."""
+    if v is not None and v.shape != x.shape:
+        raise ShapeError(
+            f"{chain}: v_0 has shape {tuple(v.shape)}, but x has shape {tuple(x.shape)}. What gives the velocity "
+            "(init_function, velocity=) has to keep the shape of x"
+        )
+
+
 def branch_of(step: StepSpec, x: Tensor, value: Tensor) -> Tensor:
     """F(x), but for the step's ``scale``, from the branch's value."""
     if value.shape != x.shape:

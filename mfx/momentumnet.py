@@ -190,15 +190,7 @@ class MomentumNet(nn.Module):
         return f"gamma={self.gamma}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
 
     def _first_velocity(self, x: Tensor) -> Tensor | None:
-        if not self.init_speed:
-            return None
-        velocity = self.network["init"](x)
-        if velocity.shape != x.shape:
-            raise ShapeError(
-                f"init_function returned shape {tuple(velocity.shape)}, but x has shape {tuple(x.shape)}: v_0 must "
-                "have the shape of x"
-            )
-        return velocity
+        return self.network["init"](x) if self.init_speed else None
 
     def _chain(self, layout: pytree.TreeSpec, leaves: list[Any]) -> tuple[ChainSpec, list[tuple[Any, ...]]]:
         """The chain for calls of this layout, and what each step takes."""

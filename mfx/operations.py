@@ -182,7 +182,8 @@ def is_permutation(node: fx.Node) -> bool:
 
 def rearranges(node: fx.Node) -> bool:
     """Whether the node's value has the elements of its first input, in another shape or order."""
-    return is_permutation(node) or (name_of(node) in _RESHAPES and node.op in ("call_method", "call_function"))
+    called = node.op in ("call_method", "call_function") and bool(node.args) and isinstance(node.args[0], fx.Node)
+    return called and (is_permutation(node) or name_of(node) in _RESHAPES)
 
 
 def aliased(node: fx.Node, root: nn.Module) -> fx.Node | None:

@@ -8,7 +8,7 @@ part's module, a dot, and the block's name in the part.
 from __future__ import annotations
 
 import glob
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import nn
 
@@ -18,7 +18,6 @@ from mfx.options import Gamma, check_gamma, gamma_of
 from mfx.whole import STATE
 
 
-@runtime_checkable
 class Part(Protocol):
     """The momentum side of one module."""
 

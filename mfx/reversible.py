@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from mfx.carry import carry
 from mfx.counter import Seed
 from mfx.errors import BackwardError, InputTypeError
-from mfx.momentum import ChainSpec, Inner, StepSpec, stored
+from mfx.momentum import ChainSpec, Inner, StepSpec, check_velocity, stored
 from mfx.precision import Schedule
 from mfx.recompute import Autocast, Conditions, autocast_dtype, is_symbolic, parameters_as_operands, submodule
 from mfx.tape import Tape, compiling, of_twin, size_of, twin_of
@@ -45,6 +45,7 @@ def run(
 
     While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.random`).
     """
+    check_velocity(chain.name, x, velocity)
     plan = _schedule(chain, x)
     state = x.to(plan.state_dtype)
     velocity = None if velocity is None else velocity.to(plan.state_dtype)

@@ -61,7 +61,7 @@ def mark(number: int, path: str, x: fx.Node, value: fx.Node) -> None:
 def calls_of(graph: fx.Graph) -> tuple[Call, ...]:
     """The marked calls of ``graph``, in order of their values."""
     takers = {number: node for node in graph.nodes for number in node.meta.get(TAKEN, ())}
-    given = [(node, *node.meta[GIVEN]) for node in graph.nodes if GIVEN in node.meta]
+    given = [(node, *node.meta[GIVEN]) for node in graph.nodes if GIVEN in node.meta and node.op != "placeholder"]
     return tuple(Call(path, takers[number], _first(node)) for node, number, path in given if number in takers)
 
 

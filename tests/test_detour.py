@@ -79,6 +79,7 @@ def test_a_rearrangement_that_is_undone_does_not_part_a_chain(kind, capture):
 
 NOT_UNDONE: dict[str, tuple[Rearrange, Rearrange, int]] = {
     "another order": (lambda x: x.transpose(0, 1), lambda x: x.reshape(2, 4, 6), 6),
+    "by keyword": (lambda x: torch.flatten(input=x, end_dim=1), lambda x: torch.reshape(input=x, shape=(2, 4, 6)), 6),
     "something between": (lambda x: x.reshape(-1, 6), lambda x: (2 * x).view(2, 4, 6), 6),
 }
 

@@ -374,3 +374,42 @@ def test_an_attribute_of_a_value_is_part_of_the_branch():
         assert [len(chain) for chain in mm._mfx.chains] == [3]
         assert_same(run(mm, x), run(mfx.momentumize(model, gamma, reversible=False), x), 1e-9)
     assert_same(run(mfx.momentumize(model, 0.0), x), run(model, x))
+
+
+class Modulated(nn.Module):
+    """x + f(x) scaled and shifted by two values from outside, which come together; its own two likewise."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.own = nn.Linear(width, 2 * width)
+        self.f = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(0.2))
+
+    def forward(self, x: Tensor, pair: Any, condition: Tensor) -> Tensor:
+        scale, shift = self.own(condition).chunk(2, -1)
+        return x + self.f(x * scale + shift) * pair[0] + pair[1] * 0
+
+
+class Modulation(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.outer = nn.Linear(6, 12)
+        self.blocks = nn.ModuleList(Modulated() for _ in range(depth))
+        self.double()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        pair = self.outer(condition).chunk(2, -1)
+        for block in self.blocks:
+            x = block(x, pair, condition)
+        return x
+
+
+@pytest.mark.parametrize("capture", ["fx", "dynamo"])
+def test_one_of_several_values_from_outside_gets_its_gradient(capture):
+    model = Modulation()
+    x, condition = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    given: dict[str, Any] = {"example_inputs": (x, condition), "capture": capture}
+    mm = mfx.momentumize(model, 0.0, **given)
+    assert sum(map(len, mm._mfx.chains)) == 3
+    assert_same(run(mm, x, condition), run(model, x, condition))
+    mm, stored = (mfx.momentumize(model, 0.7, reversible=flag, **given) for flag in (True, False))
+    assert_same(run(mm, x, condition), run(stored, x, condition), 1e-9)
