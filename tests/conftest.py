@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from compiled import handed
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
@@ -16,6 +18,15 @@ settings.register_profile("ci", _common, max_examples=500)
 # To look for new counterexamples; finds others each time.
 settings.register_profile("search", _common, max_examples=2000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before or after, and no graph of another test kept."""
+    torch._dynamo.reset()
+    handed.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

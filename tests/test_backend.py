@@ -22,13 +22,7 @@ from mfx.counter import draw_seed
 from mfx.handed import prepare
 from mfx.memory import kept_bytes
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    handed.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

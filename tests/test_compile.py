@@ -17,13 +17,7 @@ import mfx
 from mfx.memory import kept_bytes
 from mfx.precision import schedule
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    handed.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

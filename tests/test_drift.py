@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from nets import Net, rows
@@ -149,7 +151,13 @@ def test_not_a_number_is_not_drift():  # M11
     x = rows().detach().float()
     x[0, 0] = float("nan")
     x[1, 0] = float("inf")
-    mm(x).sum().backward()
+    y = mm(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mfx.DriftWarning)
+        y.sum().backward()
+    assert not y[:2].isfinite().any()
+    assert y[2:].isfinite().all()
+    assert not mm.stem.weight.grad.isfinite().all()
 
 
 def test_a_value_from_a_device_is_looked_at_when_it_has_arrived(monkeypatch):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,4 +54,7 @@ def test_links_between_the_documents_lead_somewhere(page):
 
 def test_the_code_of_the_migration_page_runs():
     (code,) = PYTHON.findall((ROOT / "docs" / "momentumnet.md").read_text(encoding="utf-8"))
-    exec(compile(code, "momentumnet.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code, "momentumnet.md", "exec"), names)
+    assert names["function"][0].weight.grad.norm() > 0
+    assert list(names["mtransformer"].state_dict()) == list(names["transformer"].state_dict())
