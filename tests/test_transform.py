@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mfx
 from mfx.model import momentum_of
+from mfx.whole import calls_of
 
 GAMMA = 0.8
 
@@ -341,3 +342,12 @@ def test_a_tensor_that_is_only_indexed_is_one_value():
         mm = mfx.momentumize(model, GAMMA, **options)
         assert momentum_of(mm).chains == (("layers.0", "layers.1", "layers.2"),)
         assert_same(run(mm, rows()), run(by_hand, rows()), 1e-9)
+
+
+def test_of_modules_inside_one_another_the_outer_ones_are_the_blocks():
+    model = Net(3, p=0.0)
+    given = {"modules": "blocks.*", "example_inputs": rows()}  # blocks.0, and blocks.0.norm in it
+    found = [momentum_of(mfx.momentumize(model, GAMMA, capture=capture, **given)) for capture in ("fx", "dynamo")]
+    assert found[0].chains == found[1].chains == (("blocks.0", "blocks.1", "blocks.2"),)
+    marks = [len(calls_of(part.latest_entry().capture.graph)) for part in found]
+    assert marks == [3, 3]
