@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 
 class Block(nn.Module):

@@ -28,8 +28,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
-from mfx.memory import kept_bytes
-from mfx.model import momentum_of
+from mfx import kept_bytes
+from mfx.model.state import momentum_of
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
 LIMIT = 1e-3

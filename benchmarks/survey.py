@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mfx
-from mfx.model import momentum_of
+from mfx.model.state import momentum_of
+from mfx.pipeline import Passed
 from mfx.plan import plan
-from mfx.rewrite import rewrite
+from mfx.rewrite import ByRoot, rewrite
 
 TOLERANCE = 1e-8
 """Relative error allowed in float64; a bias before a BatchNorm has no gradient but noise, so it is of the whole."""
@@ -108,19 +109,20 @@ def _compare(model: nn.Module, inputs: Any, row: dict[str, Any]) -> None:
     expected = _run(model, inputs)
     mm = mfx.momentumize(model, 0.0, example_inputs=inputs)
     momentum = momentum_of(mm)
-    (entry,) = [entry for found in momentum.entries.values() for entry in found]
+    (entry,) = momentum.entries
     row["capture"] = "dynamo" if momentum.options.capture == "dynamo" else "fx"
-    row["rewritten"] = sum(map(len, entry.plan.names))
-    row["chains"] = len(entry.plan.chains)
-    row["kept"] = sorted({rejection.reason.name for rejection in entry.plan.rejections})
+    row["rewritten"] = sum(map(len, entry.passed.plan.names))
+    row["chains"] = len(entry.passed.plan.chains)
+    row["kept"] = sorted({rejection.reason.name for rejection in entry.passed.plan.rejections})
     row["gamma_0"] = _error(_run(mm, inputs), expected)
     mfx.set_gamma(mm, 0.9)
     got = _run(mm, inputs)
     momentum.options = replace(momentum.options, reversible=False)
-    for entries in momentum.entries.values():
-        for index, old in enumerate(entries):
-            planned = plan(old.found, momentum.options)
-            entries[index] = replace(old, plan=planned, rewritten=rewrite(old.found, planned))
+    for index, old in enumerate(momentum.entries):
+        found = old.passed.found
+        planned = plan(found, momentum.options)
+        passed = Passed(found, planned, rewrite(found, planned, ByRoot()))
+        momentum.entries[index] = replace(old, passed=passed)
     row["gradients"] = _error(got, _run(mm, inputs))
 
 

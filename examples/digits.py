@@ -35,7 +35,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

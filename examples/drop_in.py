@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

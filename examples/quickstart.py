@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mfx
-from mfx.memory import kept_bytes
+from mfx import kept_bytes
 
 
 class Block(nn.Module):

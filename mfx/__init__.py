@@ -1,7 +1,8 @@
 """mfx: momentum residual networks as a compiler pass for PyTorch."""
 
-from mfx.anneal import GammaSchedule
-from mfx.backend import Backend, backend
+from importlib.metadata import version as _version
+
+from mfx.compile import Backend, backend
 from mfx.errors import (
     BackwardError,
     CaptureError,
@@ -18,13 +19,12 @@ from mfx.errors import (
     Reason,
     ShapeError,
 )
-from mfx.inverse import Chain, chains
-from mfx.model import graph_of, momentumize
-from mfx.momentumnet import MomentumNet
-from mfx.parts import drift, set_gamma
-from mfx.report import Report, report
-from mfx.transform import transform_to_momentumnet
-from mfx.verify import ChainVerification, Verification, verify
+from mfx.memory import kept_bytes
+from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
+from mfx.momentumnet import MomentumNet, transform_to_momentumnet
+from mfx.view import ChainVerification, Report, Verification, report, verify
+
+__version__ = _version("mfx")
 
 __all__ = [
     "Backend",
@@ -48,10 +48,12 @@ __all__ = [
     "Report",
     "ShapeError",
     "Verification",
+    "__version__",
     "backend",
     "chains",
     "drift",
     "graph_of",
+    "kept_bytes",
     "momentumize",
     "report",
     "set_gamma",

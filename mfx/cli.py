@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from mfx.errors import InputTypeError, MfxError, OptionError
-from mfx.report import report
-from mfx.verify import verify
+from mfx.view import report, verify
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 Every exception mfx raises is an :class:`MfxError` and every warning an :class:`MfxWarning`; a message
 names the argument or the block, what was received, and the remedy.  :class:`Reason` is the one
-enumeration of why a residual add is left as it is.
+enumeration of why a rewriting is declined.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ class CompiledStoredWarning(MfxWarning):
 
 
 class Reason(enum.Enum):
-    """Why a residual add stays as it is; the value is the text, with room for the node's name."""
+    """Why a residual add stays as it is, or a chain keeps its activations; the text has room for the node's name."""
 
     PROJECTION = "the skip path transforms x (through {node})"
     SCALED_SKIP = "the skip is scaled: {node}"
+    SCALED_BRANCH = "the branch is scaled by a tensor: {node}"
     NO_PARAMETERS = "the branch has no parameter"
     BROADCAST = "the branch value at {node} has another shape than x"
     WRITES_SKIP = "the branch writes to x in place at {node}"
@@ -78,6 +79,8 @@ class Reason(enum.Enum):
     NESTED = "nested in or around {node}, whose chain is kept"
     EXCLUDED = "excluded by the include / exclude patterns"
     NO_GAMMA = "no gamma given"
+    STORED_ON_REQUEST = "reversible=False"
+    UNREPEATABLE = "{node} may draw random numbers that a compiler cannot draw a second time in backward"
 
     def text(self, node: object = None) -> str:
         """The reason in words, naming ``node``."""

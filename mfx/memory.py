@@ -94,3 +94,17 @@ def kept_bytes(model: nn.Module, inputs: Iterable[torch.Tensor], forward: Callab
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def format_bytes(size: int) -> str:
+    """A size in the unit that suits it.
+
+    >>> format_bytes(3 * 1024 * 1024)
+    '3.0 MiB'
+    """
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

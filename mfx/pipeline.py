@@ -1,85 +1,62 @@
-"""Pipeline: the one way through the house, for one model and one form of call.
+"""Pipeline: the one way through the house, for every door.
 
     capture -> find -> plan -> rewrite
 
-Each step takes a value and gives one; an :class:`Entry` holds them all, and runs the last.
+Each step takes a value and gives one.  A door (symbolic or Dynamo capture, a model inside ``torch.compile``, a backend
+of it) brings a graph with its notes and the form that it is in (:mod:`mfx.rewrite.binding`); the rest is here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import fx, nn
 
-from mfx.capture import Capture, Signature, as_call, capture, default_signature
-from mfx.dynamo import DynamoCapture, capture_dynamo
+from mfx.capture import named_modules
 from mfx.errors import OptionError
-from mfx.find import Found, find, own_add
+from mfx.find import Found, find
+from mfx.find.named import own_add
 from mfx.options import Options
-from mfx.plan import Plan, plan
-from mfx.rewrite import Rewritten, rewrite
-from mfx.shapes import propagate_shapes
-from mfx.whole import named_modules
+from mfx.plan import Plan, plan, with_options
+from mfx.rewrite import Binding, Rewritten, rewrite, with_rules
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One captured and rewritten form of a model.
+class Passed:
+    """A graph that went through the pass: what was found, what was planned, what came out."""
 
-    ``sizes`` are the bytes each original node keeps for backward, where shapes are known.
-    """
-
-    capture: Capture | DynamoCapture
     found: Found
     plan: Plan
     rewritten: Rewritten
-    sizes: dict[fx.Node, int]
 
-    def run(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's output."""
-        return self.capture.call(root, args, kwargs, self.rewritten.run)
-
-
-def first_call(
-    forward: Any, options: Options, example_inputs: Any
-) -> tuple[Options, Signature, list[torch.Tensor] | None]:
-    """The form of call to capture first: the example's, or the one the signature of forward suggests."""
-    if example_inputs is None:
-        return options, default_signature(forward), None
-    args, kwargs = as_call(example_inputs)
-    return replace(options, shapes=True), *Signature.of(args, kwargs)
+    def with_options(self, options: Options) -> Passed:
+        """The same with the gammas of ``options``."""
+        planned = with_options(self.plan, options)
+        return replace(self, plan=planned, rewritten=with_rules(self.rewritten, planned))
 
 
-def prepare(
-    model: nn.Module,
-    forward: Any,
-    signature: Signature,
-    options: Options,
-    tensors: list[torch.Tensor] | None = None,
-) -> Entry:
-    """capture -> find -> plan -> rewrite, for calls of the form ``signature``."""
-    captured = capture(model, forward, signature, named_modules(model, options))
-    sizes = propagate_shapes(captured.graph, model, tensors) if options.shapes and tensors is not None else {}
-    found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
+def momentumize_graph(
+    graph: fx.Graph, holder: nn.Module, options: Options, binding: Binding, model: nn.Module | None = None
+) -> Passed:
+    """find -> plan -> rewrite for a graph with notes, which is left as it is.
+
+    Args:
+        graph: the graph.
+        holder: the module that its names are relative to.
+        options: what to rewrite.
+        binding: the form that the graph is in.
+        model: where it is not ``holder``, the model that the options' modules are named in.
+
+    Raises:
+        OptionError: an option names what is not there, or a layer that cannot be rewritten.
+    """
+    found = find(graph, holder, kind=options.kind, only_whole=options.only_whole)
     planned = plan(found, options)
-    require_whole(model, found, planned)
-    return Entry(captured, found, planned, rewrite(found, planned), sizes)
+    _require_named(holder if model is None else model, found, planned)
+    return Passed(found, planned, rewrite(found, planned, binding))
 
 
-def prepare_dynamo(
-    model: nn.Module, forward: Any, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Entry:
-    """The same with Dynamo, for a call of its own; what each node keeps for backward is left open."""
-    captured = capture_dynamo(model, forward, args, kwargs, named_modules(model, options))
-    found = find(captured.graph, model, kind=options.kind, only_whole=options.only_whole)
-    planned = plan(found, options)
-    require_whole(model, found, planned)
-    return Entry(captured, found, planned, rewrite(found, planned), {})
-
-
-def require_whole(model: nn.Module, found: Found, planned: Plan) -> None:
+def _require_named(model: nn.Module, found: Found, planned: Plan) -> None:
     """Where nothing but the named modules was to be rewritten, each of them must be."""
     if not planned.options.only_whole:
         return

@@ -1,0 +1,159 @@
+"""Call: what a model is called with, and the form of that.
+
+A call's ``(args, kwargs)`` are a tree (torch/utils/_pytree.py) with leaves.  Tensors are inputs of a captured graph;
+every other leaf is part of the call's :class:`Form`, and holds as it is, but for numbers that have been seen to vary:
+these become inputs as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mfx.errors import CaptureError, InputTypeError
+from mfx.torch_versions import pytree
+
+
+class _Input:
+    """Stands, in a form, for a leaf that a graph takes as an input."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return self.kind.__name__.lower()
+
+
+TENSOR = _Input(torch.Tensor)
+_NUMBERS = {int: _Input(int), float: _Input(float)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a call: the tree of its arguments, with an input's mark where a tensor or varying number stands."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def fits(self, call: Call) -> bool:
+        """Whether ``call`` is of this form."""
+        if len(call.leaves) != len(self.leaves) or call.spec != self.spec:
+            return False
+        return all(_same(mine, theirs) for mine, theirs in zip(self.leaves, call.leaves, strict=True))
+
+    def inputs(self, call: Call) -> list[Any]:
+        """The leaves of a call that a graph of this form takes, in order."""
+        pairs = zip(self.leaves, call.leaves, strict=True)
+        return [leaf for mine, leaf in pairs if isinstance(mine, _Input)]
+
+    def fill(self, inputs: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The ``(args, kwargs)`` with ``inputs`` put in."""
+        remaining = iter(inputs)
+        flat = [next(remaining) if isinstance(leaf, _Input) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(flat, self.spec)
+
+    def kinds(self) -> list[type]:
+        """The types of the inputs, in order."""
+        return [leaf.kind for leaf in self.leaves if isinstance(leaf, _Input)]
+
+    def varied(self, call: Call) -> tuple[int, ...]:
+        """The places at which ``call`` has another number, where that is all the difference; none elsewhere."""
+        if len(call.leaves) != len(self.leaves) or call.spec != self.spec:
+            return ()
+        pairs = enumerate(zip(self.leaves, call.leaves, strict=True))
+        other = [(place, mine, theirs) for place, (mine, theirs) in pairs if not _same(mine, theirs)]
+        numbers = all(type(mine) is type(theirs) and type(mine) in _NUMBERS for _, mine, theirs in other)
+        return tuple(place for place, _, _ in other) if numbers else ()
+
+    def with_inputs(self, places: Iterable[int]) -> Form:
+        """The form with the numbers at ``places`` as inputs."""
+        chosen = set(places)
+        leaves = (_NUMBERS[type(leaf)] if place in chosen else leaf for place, leaf in enumerate(self.leaves))
+        return Form(tuple(leaves), self.spec)
+
+
+@dataclass(frozen=True)
+class Call:
+    """``model(*args, **kwargs)``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def _flat(self) -> tuple[list[Any], pytree.TreeSpec]:
+        return pytree.tree_flatten((self.args, self.kwargs))
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves of the arguments, in order."""
+        return self._flat[0]
+
+    @property
+    def spec(self) -> pytree.TreeSpec:
+        """The tree that they are the leaves of."""
+        return self._flat[1]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among them."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def form(self) -> Form:
+        """The form in which only tensors are inputs."""
+        return Form(tuple(TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves), self.spec)
+
+
+def as_call(example_inputs: Any) -> Call:
+    """``example_inputs`` (tensor, tuple or dict) as a call."""
+    if isinstance(example_inputs, torch.Tensor):
+        return Call((example_inputs,), {})
+    if isinstance(example_inputs, (tuple, list)):
+        return Call(tuple(example_inputs), {})
+    if isinstance(example_inputs, dict):
+        return Call((), dict(example_inputs))
+    raise InputTypeError(
+        f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+        f"not {type(example_inputs).__name__}"
+    )
+
+
+def default_form(forward: Any) -> Form:
+    """The form in which each argument without a default is a tensor and the others keep theirs."""
+    args, kwargs = [], {}
+    for name, parameter in list(inspect.signature(forward).parameters.items())[1:]:
+        if parameter.default is not inspect.Parameter.empty:
+            continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[name] = TENSOR
+        else:
+            args.append(TENSOR)
+    if not args and not kwargs:
+        raise CaptureError(
+            f"cannot tell how {forward.__qualname__}{inspect.signature(forward)} is called: "
+            "pass example_inputs= as its forward takes them"
+        )
+    flat, spec = pytree.tree_flatten((tuple(args), kwargs))
+    return Form(tuple(flat), spec)
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether a call's leaf is what a form has; objects that cannot be compared by value are by identity."""
+    if isinstance(mine, _Input):
+        return isinstance(theirs, torch.Tensor) if mine is TENSOR else type(theirs) is mine.kind
+    if isinstance(theirs, torch.Tensor) or type(mine) is not type(theirs):
+        return False
+    if isinstance(mine, float):
+        return mine.hex() == theirs.hex()  # tells -0.0 from 0.0, and finds NaN again
+    try:
+        hash(mine)
+    except TypeError:
+        return mine is theirs
+    return bool(mine == theirs)

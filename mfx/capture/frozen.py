@@ -1,0 +1,160 @@
+"""Frozen: what a symbolic trace reads once, which may have been otherwise.
+
+:class:`Guards` are what may be frozen, since it can be looked at again: the training flags, simple attributes and
+children of every module that the tracing entered, and, of modules taken whole, what a plan depends on.  A graph is used
+only while its guards hold, so that a mode or setting of one call never leaks into a later one (M1).
+
+What cannot be guarded is refused: draws of Python's, NumPy's or torch's generators, writes to tensors made without
+regard to the inputs, and attributes that a forward sets.
+
+Known limits: module-level globals and class attributes are not guarded.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfx.capture.tracer import Constant, Tracer
+from mfx.errors import CaptureError
+from mfx.graph.notes import ADDED
+from mfx.graph.writes import aliased, writes
+
+_OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+"""Attributes of these types are compared by value."""
+_MISSING = object()
+_PLANNED_BY = ("p", "dropout", "inplace")
+"""The attributes of modules taken whole that a plan depends on (:mod:`mfx.graph.operations`)."""
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What a graph froze.
+
+    ``seen``: (module or None for the root, table, key, value) of attributes and children; ``parameters``: the
+    names of the parameters of modules taken whole.
+    """
+
+    seen: tuple[tuple[nn.Module | None, str, str, Any], ...]
+    parameters: tuple[tuple[nn.Module, tuple[str, ...]], ...]
+
+    @staticmethod
+    def of(tracer: Tracer) -> Guards:
+        """What ``tracer`` has read."""
+        seen: list[tuple[nn.Module | None, str, str, Any]] = []
+        for path, module in tracer.entered.items():
+            owner = module if path else None
+            simple = [(key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)]
+            seen += [(owner, "", key, value) for key, value in simple]
+            children = [(key, child) for key, child in module._modules.items() if key != ADDED]
+            seen += [(owner, "_modules", key, child) for key, child in children]
+        whole = [inner for module in tracer.called.values() for inner in module.modules()]
+        for module in whole:
+            seen += [(module, "", key, module.__dict__[key]) for key in _PLANNED_BY if key in module.__dict__]
+            seen += [(module, "_modules", key, child) for key, child in module._modules.items()]
+        return Guards(tuple(seen), tuple((module, _parameter_names(module)) for module in whole))
+
+    def hold(self, root: nn.Module) -> bool:
+        """Whether everything is still as it was seen."""
+        for module, table, key, value in self.seen:
+            owner = root if module is None else module
+            entries = owner.__dict__ if table == "" else owner.__dict__[table]
+            now = entries.get(key, _MISSING)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        return all(_parameter_names(module) == names for module, names in self.parameters)
+
+
+def _parameter_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, parameter in module._parameters.items() if parameter is not None)
+
+
+def generator_states() -> tuple[Any, ...]:
+    """The states of the generators that a forward may draw from."""
+    numpy = sys.modules.get("numpy")
+    python = random.getstate()
+    drawn = numpy.random.get_state() if numpy is not None else (0, [0])
+    return (python, drawn[2:], list(drawn[1])), torch.get_rng_state()
+
+
+def refuse_frozen_draws(before: tuple[Any, ...]) -> None:
+    """A draw of a real number while tracing would be in the graph for good."""
+    after = generator_states()
+    if before[0] != after[0]:
+        raise CaptureError(
+            "the model's forward draws from Python's or NumPy's random module, and a captured graph would freeze the "
+            "draw: draw with torch instead, or keep that module out of the graph with modules="
+        )
+    if not torch.equal(before[1], after[1]):
+        raise CaptureError(
+            "the model's forward draws random numbers in a way that a captured graph would freeze "
+            "(a module or function outside torch's factories): keep that module out of the graph with modules="
+        )
+
+
+def refuse_written_constants(graph: fx.Graph, root: nn.Module) -> None:
+    """A tensor made while tracing is one for all calls; a write to it would be seen by the next."""
+    for node in graph.nodes:
+        for owner in writes(node, root):
+            while (shared := aliased(owner, root)) is not None:
+                owner = shared
+            if isinstance(owner.target, Constant):
+                raise CaptureError(
+                    f"the model's forward writes in place ({node}) to a tensor that it makes without regard to its "
+                    "inputs, or that is no parameter or buffer; a captured graph would hold one for all calls. Make "
+                    "it from an input (x.new_zeros(...), torch.zeros_like(x)), register it as a buffer, or take the "
+                    "module whole with modules="
+                )
+
+
+def refuse_assignments(before: dict[nn.Module, dict[str, Any]], tracer: Tracer) -> None:
+    """An attribute that a forward sets would be set by no graph."""
+    for path, module in tracer.entered.items():
+        was = before[module]
+        for key, value in module.__dict__.items():
+            if was.get(key, _MISSING) is not value and not (key in was and _same(was[key], value)):
+                raise CaptureError(
+                    f"{type(module).__name__}.forward of module {path or '(root)'!r} sets self.{key}, which a "
+                    "captured graph would not repeat: return the value instead, or take the module whole "
+                    "with modules="
+                )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and isinstance(one, _SIMPLE) and one == other
+
+
+def restore(before: dict[nn.Module, dict[str, Any]]) -> None:
+    """Put the attributes of all modules back to what they were before the trace."""
+    for module, attributes in before.items():
+        now = module.__dict__
+        if len(now) != len(attributes) or any(now.get(key) is not attributes[key] for key in attributes):
+            now.clear()
+            now.update(attributes)
+
+
+def explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError:
+    """Name the module and the line where tracing stopped, and what can be done."""
+    scope = tracer.failed_in or tracer.current
+    module = tracer.entered.get(scope.path, model)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_OURS)]
+    where = theirs[-1] if theirs else frames[-1]
+    line = f"{where.filename}:{where.lineno}: {where.line}"
+    whole = f"take the module whole with modules={scope.path!r}, or a module that holds it; " if scope.path else ""
+    return CaptureError(
+        f"symbolic tracing stopped in module {scope.path or '(root)'!r} ({type(module).__name__}) at\n"
+        f"    {line}\n"
+        f"    {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        f"its Python depends on values that are known only at run time. Remedies: {whole}momentumize the parts that "
+        "can be followed, each in its place (model.backbone = mfx.momentumize(model.backbone)); or rewrite that line "
+        "so that it does not branch on tensors."
+    )

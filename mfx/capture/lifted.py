@@ -1,0 +1,145 @@
+"""Lifted graphs: parameters and buffers are placeholders, as in the graphs that Dynamo makes; their notes.
+
+1. :func:`mark` tells which placeholders are parameters and buffers, and in which module's forward each node ran,
+   so that a lifted graph carries the notes of one of :mod:`mfx.capture.tracer`.
+2. :func:`prepare` does so for a graph as Dynamo hands it to a backend, where paths are relative to the model.
+
+Source: ``nn_module_stack`` as written by torch/_dynamo/output_graph.py, alike in torch 2.11 and 2.15.
+Known limits: modules that neither the compiled function's arguments nor its globals hold directly are named by
+Dynamo's own expression for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, LIFTED, RETURNED, SCOPE, SHAPE, Scope
+from mfx.torch_versions import dynamo, is_lifted_number, source_name, source_of
+
+_BASE = re.compile(r"^([LG])\['([^']+)'\]")
+
+
+def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Note on the nodes of ``gm``, as Dynamo hands it over, what planning needs."""
+    kinds = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        kind = kind_of(node, value)
+        if kind:
+            kinds[node] = kind
+    mark(gm.graph, kinds, module_paths(gm.graph))
+    for node in gm.graph.nodes:
+        note_shape(node)
+
+
+def kind_of(node: fx.Node, value: Any) -> str:
+    """Whether a placeholder is a ``"parameter"``, a ``"buffer"``, a ``"number"``, or (empty) an input."""
+    if isinstance(value, nn.Parameter):
+        return "parameter"
+    # Dynamo hands floats that may change as tensors, with an item() in the graph.
+    if not isinstance(value, torch.Tensor) or is_lifted_number(node):
+        return "number"
+    source = source_of(node)
+    return "buffer" if source is not None and "._buffers[" in source_name(source) else ""
+
+
+def note_shape(node: fx.Node) -> None:
+    """Note shape and dtype of a node's value where Dynamo knows them."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return
+    node.meta[SHAPE] = tuple(_size(size) for size in value.shape)
+    node.meta[DTYPE] = value.dtype
+    if node.op == "call_method" and node.target in ("to", "type_as", "float", "double", "half", "bfloat16"):
+        source = node.all_input_nodes[0].meta.get("example_value")
+        node.meta[DTYPE_KEPT] = isinstance(source, torch.Tensor) and source.dtype == value.dtype
+
+
+def _size(size: Any) -> Any:
+    """A size as it is in the traced call: to compare symbolic ones would add guards."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return str(size) if hint is None else int(hint)
+
+
+def module_paths(graph: fx.Graph) -> dict[int, str]:
+    """The path of each module that some node ran in, by its id; relative to the model where there is one."""
+    named: dict[int, str] = {}
+    for node in graph.nodes:
+        for key, (expression, _) in (node.meta.get("nn_module_stack") or {}).items():
+            identity = key.partition("@")[0]
+            if identity.isdigit():
+                named.setdefault(int(identity), expression)
+    scopes = _names_in_scope()
+    bases = {match.group(0): match.groups() for match in map(_BASE.match, named.values()) if match is not None}
+    roots = {base: scopes.get(scope, {}).get(name) for base, (scope, name) in bases.items()}
+    paths: dict[int, str] = {}
+    for identity, expression in named.items():
+        match = _BASE.match(expression)
+        base = match.group(0) if match is not None else ""
+        path = expression[len(base) :].lstrip(".")
+        paths[identity] = _joined(_prefix(base, bases), path) if path else _prefix(base, bases)
+    for base, root in roots.items():
+        if isinstance(root, nn.Module):
+            for path, module in root.named_modules():
+                paths[id(module)] = _joined(_prefix(base, bases), path)
+    return paths
+
+
+def _prefix(base: str, bases: dict[str, tuple[str, ...]]) -> str:
+    """Several models in one function are told apart by the names that the function has for them."""
+    return bases[base][1] if len(bases) > 1 and base else ""
+
+
+def _joined(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix and path else prefix or path
+
+
+def _names_in_scope() -> dict[str, dict[str, Any]]:
+    """The local and global names of the function that Dynamo is at."""
+    try:
+        output = dynamo().InstructionTranslator.current_tx().output
+    except AttributeError:
+        return {}
+    return {"L": dict(output.local_scope), "G": dict(output.global_scope)}
+
+
+def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, str]) -> None:
+    """Note on each node what planning needs.
+
+    Args:
+        graph: a graph of torch-level operations with ``nn_module_stack`` in its nodes' meta.
+        kinds: ``"parameter"`` or ``"buffer"`` for the placeholders that are one.
+        modules: path of each module, by its id.
+    """
+    calls: dict[str, dict[tuple[str, ...], int]] = {}
+    stacks: dict[fx.Node, tuple[Scope, ...]] = {}
+    for node in graph.nodes:
+        stacks[node] = _scopes(node, modules, calls)
+        node.meta[SCOPE] = stacks[node][-1]
+        if node in kinds:
+            node.meta[LIFTED] = kinds[node]
+    for node in graph.nodes:
+        left = {scope for scope in stacks[node] for user in node.users if scope not in stacks[user]}
+        node.meta[RETURNED] = left
+
+
+def _scopes(
+    node: fx.Node, modules: Mapping[int, str], calls: dict[str, dict[tuple[str, ...], int]]
+) -> tuple[Scope, ...]:
+    """The module calls in which a node ran, from the root inwards."""
+    scopes = [Scope("", 0)]
+    chain: tuple[str, ...] = ()
+    for key in node.meta.get("nn_module_stack") or {}:
+        chain = (*chain, key)
+        identity = key.partition("@")[0]
+        path = modules.get(int(identity)) if identity.isdigit() else None
+        if path:
+            seen = calls.setdefault(path, {})
+            scopes.append(Scope(path, seen.setdefault(chain, len(seen))))
+    return tuple(scopes)

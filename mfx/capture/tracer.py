@@ -1,0 +1,221 @@
+"""A symbolic tracer whose graphs say where each node ran, and which changes nothing in the model.
+
+Beyond :class:`torch.fx.Tracer`:
+
+1. every node carries its :class:`Scope` (module path and call number), and the value that a module's
+   forward returns is marked with the call it leaves;
+2. parameters *and* buffers are ``get_attr`` nodes, so neither is frozen into the graph;
+3. tensor factories take symbolic sizes, dtypes and devices, and random factories are always recorded:
+   a draw is never frozen into the graph;
+4. constants met on the way are held by the graph, not written into the model;
+5. ``x += y`` is recorded as a write to x;
+6. forward hooks of entered modules do not run (they would see symbolic values).
+
+Known limits: control flow that depends on a tensor's value or shape cannot be followed.
+
+Source: torch/fx/_symbolic_trace.py; the factory patching follows the idea of Hugging Face's tracer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from mfx.errors import CaptureError
+from mfx.graph import operations
+from mfx.graph.draws import RANDOM
+from mfx.graph.notes import LIFTED, NUMBER, RETURNED, SCOPE, STATE, Scope, mark_call
+
+_FACTORIES = (
+    "arange linspace logspace zeros ones full empty eye tensor as_tensor scalar_tensor tril_indices "
+    "triu_indices finfo iinfo zeros_like ones_like full_like empty_like"
+).split()
+_RANDOM_FACTORIES = [name for name, draw in RANDOM.items() if draw.factory]
+_CONTAINERS = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+class Constant:
+    """A value the graph holds for itself; calling it gives the value."""
+
+    def __init__(self, value: Any, index: int) -> None:
+        self.value = value
+        self.__name__ = self.__qualname__ = f"constant_{index}"
+        self.__module__ = "mfx"
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+class Tracer(fx.Tracer):
+    """Traces ``forward(root, *proxies)``; modules in ``named`` (path by id) are taken whole.
+
+    ``arguments`` and ``kinds`` are the names and types of the proxies: tensors, and numbers that may vary.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, entry: Callable[..., Any], arguments: list[str], kinds: list[type], named: Mapping[int, str]
+    ) -> None:
+        super().__init__()
+        self.entry = entry
+        self.arguments = arguments
+        self.kinds = kinds
+        self.named = named
+        self.current = Scope("", 0)
+        self.failed_in: Scope | None = None
+        self.entered: dict[str, nn.Module] = {}
+        self.called: dict[str, nn.Module] = {}
+        self._calls: Counter[str] = Counter()
+        self._numbers = count()
+        self._constants: dict[int, Constant] = {}
+        self._paths: dict[int, str] = {}
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        self.entered[""] = root
+        owned = [*root.named_parameters(), *root.named_buffers()]
+        self._paths = {id(tensor): path for path, tensor in reversed(owned)}
+        with _symbolic_factories(self):
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        proxies = []
+        for name, kind in zip(self.arguments, self.kinds, strict=True):
+            node = self.create_node("placeholder", name, (), {})
+            if kind is not torch.Tensor:
+                node.meta |= {NUMBER: True, LIFTED: "number"}
+            proxies.append(self.proxy(node))
+        return self.entry, [self.root, *proxies]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if id(m) in self.named or STATE in m.__dict__:
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _CONTAINERS)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            self.called[path] = m
+            proxy = self.create_proxy("call_module", path, args, kwargs)
+            if id(m) in self.named and proxy.node.all_input_nodes:
+                mark_call(next(self._numbers), self.named[id(m)], proxy.node.all_input_nodes[0], proxy.node)
+            return proxy
+        outer, self.current = self.current, Scope(path, self._calls[path])
+        self._calls[path] += 1
+        self.entered[path] = m
+        try:
+            value = m.forward(*args, **kwargs)
+            _mark_returned(value, self.current)
+        except Exception:
+            self.failed_in = self.failed_in or self.current
+            raise
+        finally:
+            self.current = outer
+        return value
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[SCOPE] = self.current
+        node.meta[NUMBER] = _is_number(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._paths:
+            return self.create_proxy("get_attr", self._paths[id(attr_val)], (), {})
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            if id(a) in self._paths:
+                return self.create_node("get_attr", self._paths[id(a)], (), {})
+            return self.create_node("call_function", self._constant(a), (), {})
+        if isinstance(a, torch.Generator):
+            return self.create_node("call_function", self._constant(a), (), {})
+        return super().create_arg(a)
+
+    def _constant(self, value: Any) -> Constant:
+        return self._constants.setdefault(id(value), Constant(value, len(self._constants)))
+
+
+class _Value(fx.Proxy):
+    """A symbolic value that records ``x += y`` as the write to x that it is, and not as ``x = x + y``."""
+
+    def __hash__(self) -> int:
+        # A dict or set would look a number up by identity, and say in silence that it is not there.
+        if self.node.meta.get(LIFTED) == "number":
+            raise CaptureError("a number of the call is looked up in a dict or set, so it cannot vary in one graph")
+        return super().__hash__()
+
+
+def _augmented(name: str) -> Callable[[_Value, Any], fx.Proxy]:
+    def assign(self: _Value, other: Any) -> fx.Proxy:
+        # Python rebinds the name of a number: who holds the old one keeps it.
+        target = getattr(operator, name.removeprefix("i") if self.node.meta[NUMBER] else name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return assign
+
+
+for _name in "iadd isub imul itruediv ifloordiv imod ipow ilshift irshift ixor".split():
+    setattr(_Value, f"__{_name}__", _augmented(_name))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether the value is a size or the like, or what Python computes from such."""
+    if operations.is_query(node):
+        return True
+    python = getattr(node.target, "__module__", "") == "_operator"
+    inputs = node.all_input_nodes
+    return python and bool(inputs) and all(source.meta.get(NUMBER, False) for source in inputs)
+
+
+def _mark_returned(value: Any, scope: Scope) -> None:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    for item in values:
+        if isinstance(item, fx.Proxy):
+            item.node.meta.setdefault(RETURNED, set()).add(scope)
+
+
+@contextlib.contextmanager
+def _symbolic_factories(tracer: Tracer) -> Iterator[None]:
+    """Let torch's factory functions record themselves while ``tracer`` is at work."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES + _RANDOM_FACTORIES}
+    for name, original in originals.items():
+        always = name in _RANDOM_FACTORIES
+        setattr(torch, name, _recording(tracer, original, always))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _recording(tracer: Tracer, original: Callable[..., Any], always: bool) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        symbolic: list[fx.Proxy] = []
+        map_aggregate((args, kwargs), lambda a: symbolic.append(a) if isinstance(a, fx.Proxy) else a)
+        if always or symbolic:
+            return tracer.create_proxy("call_function", original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return factory

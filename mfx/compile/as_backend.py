@@ -1,0 +1,123 @@
+"""The pass as a backend of torch.compile.
+
+    net = torch.compile(model, backend=mfx.backend(gamma=0.9))
+    net = torch.compile(model, backend="mfx", options={"gamma": 0.9})
+
+1. Dynamo hands over a graph of torch operations whose parameters are inputs.
+2. Its chains of residual blocks are rewritten (:mod:`mfx.pipeline`), each as one operation on tensors.
+3. The result goes to another backend, which traces through the chains, forward and backward.
+
+Block names are module paths relative to the compiled model; where a compiled function calls several models, the
+name it has for each comes first.
+Known limits: no learned velocity and no ``modules=``: use :func:`mfx.momentumize` and compile its result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mfx.capture.lifted import prepare
+from mfx.compile.breaks import refuse_parts
+from mfx.compile.stored import warn_of_stored
+from mfx.errors import InputTypeError, NothingRewrittenWarning, OptionError
+from mfx.options import Gamma, Options, make_options
+from mfx.pipeline import Passed, momentumize_graph
+from mfx.rewrite import Lifted
+from mfx.torch_versions import dynamo
+
+Inner = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of torch.compile that rewrites the graph and hands it on; see :func:`backend`."""
+
+    options: Options
+    inner: Inner
+    graph_breaks: bool = False
+
+    @property
+    def __name__(self) -> str:
+        return "mfx"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        """Compile what Dynamo hands over; ``kwargs`` (``mode``, ``options``) go to the inner backend."""
+        if not self.graph_breaks:
+            refuse_parts(gm)
+        passed = rewrite_graph(gm, example_inputs, self.options)
+        if not passed.plan.chains:
+            reasons = sorted({row.text for row in passed.plan.rejections})
+            why = "; ".join(reasons[:3]) if reasons else "it has no residual add"
+            warnings.warn(
+                f"nothing was rewritten in a compiled graph ({why}): it is compiled as it is",
+                NothingRewrittenWarning,
+                stacklevel=2,
+            )
+        module = passed.rewritten.run if passed.plan.chains else gm
+        return _inner(self.inner)(module, list(example_inputs), **kwargs)
+
+
+def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool = False, **options: Any) -> Backend:
+    """The pass as a backend of torch.compile.
+
+    Args:
+        gamma: as for :func:`mfx.momentumize`.
+        inner: the backend that compiles the rewritten graph: a name (``torch.compiler.list_backends()``), or a
+            callable ``inner(graph_module, example_inputs)``.
+        graph_breaks: a model that Dynamo breaks into several graphs is refused, since each part's chains start with
+            a velocity of their own, so that the function would depend on the breaks.  True accepts that.
+        **options: ``include``, ``exclude``, ``velocity`` (``"zero"`` or ``"first"``), ``reversible``,
+            ``state_dtype``, ``tolerance``, as for :func:`mfx.momentumize`.
+
+    Returns:
+        What ``torch.compile`` takes as ``backend=``.
+
+    Raises:
+        OptionError: an option has a value that cannot be used here.
+        InputTypeError: ``inner`` is neither a name nor callable.
+
+    Example:
+        >>> import torch, mfx
+        >>> class Block(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return x + super().forward(x)
+        >>> model = torch.nn.Sequential(Block(4, 4), Block(4, 4))
+        >>> net = torch.compile(model, backend=mfx.backend(gamma=0.9, inner="eager"))
+        >>> net(torch.randn(2, 4)).shape
+        torch.Size([2, 4])
+    """
+    if not (isinstance(inner, str) or callable(inner)):
+        raise InputTypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
+    chosen = make_options(gamma, **options)
+    if callable(chosen.velocity):
+        raise OptionError(
+            "a learned velocity= has parameters, and a backend has no model to register them on: use "
+            "torch.compile(mfx.momentumize(model, velocity=...)), or velocity='zero' or 'first'"
+        )
+    if chosen.modules:
+        raise OptionError("modules= needs modules that are taken whole, and a compiled graph has none: leave it out")
+    return Backend(chosen, inner, bool(graph_breaks))
+
+
+def entry_point(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, **kwargs: Any
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="mfx", options={...})``, the options being those of :func:`backend`."""
+    return backend(**(options or {}))(gm, example_inputs, **kwargs)
+
+
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Passed:
+    """Rewrite a graph that Dynamo handed over; ``gm`` keeps its nodes, which get their notes."""
+    prepare(gm, example_inputs)
+    passed = momentumize_graph(gm.graph, gm, options, Lifted(gm))
+    warn_of_stored(passed.plan)
+    return passed
+
+
+def _inner(inner: Inner) -> Callable[..., Any]:
+    return dynamo().lookup_backend(inner)

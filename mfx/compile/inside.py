@@ -1,0 +1,250 @@
+"""torch.compile of a momentumized model: its part of the outer graph is rewritten before the backend sees it.
+
+1. While Dynamo traces an outer function, the generated forward lets it trace the model's *own* forward, between two
+   hooks (:func:`traced`).  The first puts itself in front of the backend, the second marks the nodes that were
+   added in between: the model's *region* of the outer graph.
+2. When Dynamo hands the graph over, each region becomes a graph of its own, is rewritten with the model's options
+   (:mod:`mfx.pipeline`) and takes its old place.  Its chains must be those that the model has outside of a compiler.
+3. The parameters of learned velocities are touched in between the hooks, which makes them inputs of the graph.
+
+Nothing here looks at how the model was captured for eager use.
+
+Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
+Known limits: no ``torch.export``, no momentumized model inside another or inside a higher-order
+operation (``torch.utils.checkpoint``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from mfx.capture import named_modules
+from mfx.capture.dynamo import pass_by_masks
+from mfx.capture.lifted import kind_of, mark, note_shape
+from mfx.capture.named import MODULES, teach
+from mfx.compile.stored import warn_of_stored
+from mfx.errors import CompileError, PlanChangedError
+from mfx.graph.notes import REGION
+from mfx.graph.splice import join, part
+from mfx.options import Options
+from mfx.pipeline import momentumize_graph
+from mfx.rewrite import Lifted, Velocity
+
+_REGIONS = "_mfx_regions"
+
+
+class Traceable(Protocol):
+    """What compiling needs to know of a momentumized model.
+
+    ``token`` is a text of its own for each model and each change of its options: compiled code is used only for the
+    one it was made for.
+    """
+
+    options: Options
+    token: str
+
+    def expected(self) -> tuple[tuple[str, ...], ...] | None:
+        """The names of each chain's blocks, where they are known."""
+        ...
+
+    def velocities(self, root: nn.Module) -> list[nn.Module]:
+        """The modules of the learned velocities, one for each chain."""
+        ...
+
+
+_serial = count()
+
+
+def new_token() -> str:
+    """A text that no other model or change of options has."""
+    return f"momentum {next(_serial)}"
+
+
+@dataclass(eq=False)
+class _Region:
+    """One call of a momentumized model in an outer graph."""
+
+    root: nn.Module
+    momentum: Traceable
+    before: set[fx.Node]
+    velocities: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Regions:
+    """The regions of one outer graph, and the one that Dynamo is in."""
+
+    closed: list[_Region] = field(default_factory=list)
+    open: _Region | None = None
+
+
+def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Dynamo's way through a momentumized model; runs under Dynamo only.
+
+    Raises:
+        CompileError: the model is used in a way that cannot be compiled.
+        PlanChangedError: the compiled graph has other chains than the model.
+    """
+    # Imported here, by name, since Dynamo follows this function and knows comptime when it sees it.
+    from torch._dynamo.comptime import comptime
+
+    if momentum.token == "":
+        # Never so: the comparison makes Dynamo guard the token, and with it the options.
+        return None
+    comptime(_enter)
+    before = torch.backends.mha._is_fastpath_enabled
+    # In inference attention's fast path would swallow whole layers, adds and all; Dynamo follows no call of its setter.
+    torch.backends.mha._is_fastpath_enabled = False
+    # Dynamo makes inputs of what it sees used; _start forgets the uses.
+    for module in momentum.velocities(root):
+        for parameter in module.parameters():
+            parameter.detach()
+        for buffer in module.buffers():
+            buffer.detach()
+    comptime(_start)
+    value = forward(root, *args, **kwargs)
+    comptime(_leave)
+    torch.backends.mha._is_fastpath_enabled = before
+    return value
+
+
+def _output(context: Any) -> Any:
+    return context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+
+
+def _local(context: Any, name: str) -> Any:
+    variable = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return variable.realize().value
+
+
+def _enter(context: Any) -> None:
+    """Put the pass in front of the backend, once for each graph, and begin a region."""
+    output = _output(context)
+    root, momentum = _local(context, "root"), _local(context, "momentum")
+    name = type(root).__name__
+    if output.current_tracer is not output.root_tracer:
+        raise CompileError(
+            f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "
+            "of the compiled function, where its graph cannot be rewritten: call it outside of that operation"
+        )
+    if output.export:
+        raise CompileError(f"{name} is momentumized and cannot be exported: export the original model")
+    regions = output.__dict__.get(_REGIONS)
+    if regions is None:
+        regions = output.__dict__[_REGIONS] = _Regions()
+        output.compiler_fn = _in_front_of(output.compiler_fn, regions)
+    if regions.open is not None:
+        raise CompileError(
+            f"{name} is momentumized and part of {type(regions.open.root).__name__}, which is too: "
+            "momentumize only one of them to compile it"
+        )
+    regions.open = _Region(root, momentum, set(output.graph.nodes))
+    teach()
+    pass_by_masks(root)
+    output.__dict__[MODULES] = named_modules(root, momentum.options)
+
+
+def _start(context: Any) -> None:
+    """Note the inputs that a learned velocity needs, and forget that they were touched."""
+    output = _output(context)
+    region = output.__dict__[_REGIONS].open
+    touched = [node for node in output.graph.nodes if node not in region.before and node.op != "placeholder"]
+    region.velocities = [str(node.all_input_nodes[0].target) for node in touched if node.target == "detach"]
+    region.before = {node for node in output.graph.nodes if node.op != "placeholder"}
+
+
+def _leave(context: Any) -> None:
+    """End the region."""
+    output = _output(context)
+    regions = output.__dict__.get(_REGIONS)
+    if regions is None or regions.open is None:
+        torch.backends.mha.set_fastpath_enabled(_local(context, "before"))  # what traced() would have put back
+        raise _broken("a model")
+    region, regions.open = regions.open, None
+    output.__dict__[MODULES] = None
+    number = len(regions.closed)
+    regions.closed.append(region)
+    for node in output.graph.nodes:
+        if node not in region.before and node.op not in ("placeholder", "output"):
+            node.meta[REGION] = number
+
+
+def _broken(name: str) -> CompileError:
+    return CompileError(
+        f"Dynamo breaks the graph inside {name}, which is momentumized: each part would start with a new velocity, and "
+        "the model would compute another function. fullgraph=True shows where and why; rewrite that line, or compile "
+        "the parts around the model"
+    )
+
+
+def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..., Any]:
+    """The backend with the pass in front."""
+
+    def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if regions.open is not None:
+            raise _broken(type(regions.open.root).__name__)
+        for number, region in enumerate(regions.closed):
+            gm = _rewritten(gm, example_inputs, number, region)
+        return compiler(gm, example_inputs, *args, **kwargs)
+
+    compile_rewritten.__name__ = getattr(compiler, "__name__", "backend")
+    for name in ("compiler_name", "get_compiler_config"):
+        if hasattr(compiler, name):
+            setattr(compile_rewritten, name, getattr(compiler, name))
+    return compile_rewritten
+
+
+def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, region: _Region) -> fx.GraphModule:
+    """``gm`` with the chains of one region as momentum nodes."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    kinds = {node: kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)}
+    nodes = [node for node in gm.graph.nodes if node.meta.get(REGION) == number]
+    if not nodes:
+        return gm
+    by_name = {str(node.target): node for node in placeholders}
+    velocities = [by_name[name] for name in region.velocities]
+    inner, inputs = part(gm, nodes, velocities)
+    lifted = {inputs[node]: kind for node, kind in kinds.items() if kind and node in inputs}
+    mark(inner.graph, lifted, {id(module): path for path, module in region.root.named_modules() if path})
+    if region.momentum.options.shapes:
+        for node in inner.graph.nodes:
+            note_shape(node)
+    binding = Lifted(inner, _velocities(region, [inputs[node] for node in velocities]))
+    passed = momentumize_graph(inner.graph, inner, region.momentum.options, binding, region.root)
+    warn_of_stored(passed.plan)
+    expected = region.momentum.expected()
+    if expected is not None and passed.plan.names != expected:
+        raise PlanChangedError(
+            f"compiled, {type(region.root).__name__} has the chains {_listed(passed.plan.names)}, and else "
+            f"{_listed(expected)}. It would compute another function: exclude the blocks that differ, or momentumize "
+            "it with capture='dynamo' and example_inputs="
+        )
+    return join(gm, nodes, passed.rewritten.graph, inputs)
+
+
+def _listed(chains: Sequence[Sequence[str]]) -> str:
+    return str([list(chain) for chain in chains])
+
+
+def _velocities(region: _Region, inputs: Sequence[fx.Node]) -> list[Velocity]:
+    """What gives v_0 of each chain: its module, with the graph's inputs for its parameters and buffers."""
+    nodes = iter(inputs)
+    velocities = []
+    for module in region.momentum.velocities(region.root):
+        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        velocities.append((_velocity(module, names), tuple(next(nodes) for _ in names)))
+    return velocities
+
+
+def _velocity(module: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
+    def velocity(x: Any, *tensors: Any) -> Any:
+        return torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x,))
+
+    velocity.__module__ = "mfx"
+    return velocity

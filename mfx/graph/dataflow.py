@@ -1,0 +1,188 @@
+"""Dataflow: what depends on what in a captured graph, what shares memory, and whose order matters.
+
+One pass over the nodes, in order:
+
+1. ``inputs`` of a node are the nodes it computes from; metadata queries (shape, dtype, ``zeros_like`` ...) cut the data
+   flow, so a value built from sizes alone depends on nothing.
+2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from, or that were written into its
+   memory before.
+3. ``ancestors`` is the set of *skip candidates* a value is computed from.  A candidate is dropped from the
+   sets after the last add that reads it, so on a chain of blocks the sets stay small and the pass linear.
+4. ``memory``, ``writers``, ``stale_reads`` and ``resources`` are those of :mod:`mfx.graph.resources`.
+
+:class:`Dataflow` is the one door to what a node is, as far as that depends on its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from mfx.graph import operations
+from mfx.graph.adds import Add, add_form
+from mfx.graph.notes import LIFTED
+from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of
+from mfx.graph.writes import writes
+
+
+@dataclass(frozen=True, eq=False)
+class Dataflow:
+    """The facts of one graph; nodes are looked up by identity."""
+
+    graph: fx.Graph
+    root: nn.Module
+    nodes: tuple[fx.Node, ...]
+    position: dict[fx.Node, int] = field(repr=False)
+    adds: dict[fx.Node, Add] = field(repr=False)
+    origins: dict[fx.Node, int] = field(repr=False)
+    ancestors: dict[fx.Node, frozenset[fx.Node]] = field(repr=False)
+    memory: dict[fx.Node, fx.Node] = field(repr=False)
+    written: dict[fx.Node, tuple[fx.Node, ...]] = field(repr=False)
+    writers: dict[fx.Node, tuple[fx.Node, ...]] = field(repr=False)
+    stale_reads: dict[fx.Node, fx.Node] = field(repr=False)
+    resources: dict[fx.Node, frozenset[object]] = field(repr=False)
+
+    def source(self, node: fx.Node) -> fx.Node:
+        """The value behind nodes that do nothing."""
+        return _source(node, self.root)
+
+    def keeps_shape(self, node: fx.Node) -> bool:
+        """Whether the node's value surely has its first input's shape."""
+        return operations.keeps_shape(node, self.root)
+
+    def may_draw(self, node: fx.Node) -> bool:
+        """Whether the node may draw random numbers as it is called."""
+        return operations.is_random(node, self.root) and not operations.draws_nothing(node)
+
+    def is_repeatable(self, node: fx.Node) -> bool:
+        """Whether what the node draws, if anything, can be drawn again under a compiler."""
+        return not self.may_draw(node) or operations.is_repeatable(node, self.root)
+
+    def sees_grad_mode(self, node: fx.Node) -> bool:
+        """Whether the node may compute otherwise where gradients are off."""
+        return operations.sees_grad_mode(node, self.root)
+
+    def has_parameters(self, node: fx.Node) -> bool:
+        """Whether the node is a parameter, or calls a module that has some."""
+        if node.op == "placeholder":
+            return node.meta.get(LIFTED) == "parameter"
+        if node.op == "get_attr":
+            return isinstance(get_attribute(self.root, str(node.target)), nn.Parameter)
+        if node.op == "call_module":
+            return next(self.root.get_submodule(str(node.target)).parameters(), None) is not None
+        return False
+
+
+def get_attribute(root: nn.Module, path: str) -> object:
+    """The parameter, buffer or module at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def analyse(graph: fx.Graph, root: nn.Module, whole: Mapping[fx.Node, fx.Node] | None = None) -> Dataflow:
+    """The facts of ``graph``; ``whole`` are the values of module calls that are blocks, with their x."""
+    nodes = tuple(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    adds = {node: form for node in nodes if (form := add_form(node)) is not None}
+    last_read = _last_reads(nodes, position, adds, root, whole or {})
+    memory = memory_of(nodes, root)
+    written = {node: found for node in nodes if (found := writes(node, root))}
+    origins, ancestors = _flow(nodes, position, last_read, memory, written)
+    writers = writers_of(memory, written)
+    return Dataflow(
+        graph=graph,
+        root=root,
+        nodes=nodes,
+        position=position,
+        adds=adds,
+        origins=origins,
+        ancestors=ancestors,
+        memory=memory,
+        written=written,
+        writers=writers,
+        stale_reads=stale_reads_of(nodes, position, adds, memory),
+        resources=resources_of(nodes, root, memory, writers),
+    )
+
+
+def _source(node: fx.Node, root: nn.Module) -> fx.Node:
+    while node.op != "placeholder" and node.all_input_nodes and operations.is_noop(node, root):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def before_rearranging(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The rearranging operations that ``node`` is the last of, in order."""
+    found: list[fx.Node] = []
+    while operations.rearranges(node):
+        found.append(node)
+        node = node.all_input_nodes[0]
+    return tuple(reversed(found))
+
+
+def rearranged(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The rearranging operations after ``node``, each the only reader of the one before."""
+    found: list[fx.Node] = []
+    while True:
+        users = [user for user in node.users if not operations.is_query(user)]
+        if len(users) != 1 or not operations.rearranges(users[0]) or users[0].all_input_nodes[0] is not node:
+            return tuple(found)
+        node = users[0]
+        found.append(node)
+
+
+def _last_reads(
+    nodes: tuple[fx.Node, ...],
+    position: dict[fx.Node, int],
+    adds: dict[fx.Node, Add],
+    root: nn.Module,
+    whole: Mapping[fx.Node, fx.Node],
+) -> dict[fx.Node, int]:
+    """Each skip candidate, with the position of the last add (or whole block) that reads it."""
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        form = adds.get(node)
+        if form is not None:
+            end = position[(node, *rearranged(node))[-1]]
+            for operand in (form.left, form.right):
+                skip = _source(operand, root)
+                last[skip] = max(position[node], last.get(skip, 0))
+                for first in before_rearranging(skip)[:1]:
+                    x = _source(first.all_input_nodes[0], root)
+                    last[x] = max(end, last.get(x, 0))
+        if node in whole:
+            skip = _source(whole[node], root)
+            last[skip] = max(position[node], last.get(skip, 0))
+    return last
+
+
+def _flow(
+    nodes: tuple[fx.Node, ...],
+    position: dict[fx.Node, int],
+    last_read: dict[fx.Node, int],
+    memory: dict[fx.Node, fx.Node],
+    written: dict[fx.Node, tuple[fx.Node, ...]],
+) -> tuple[dict[fx.Node, int], dict[fx.Node, frozenset[fx.Node]]]:
+    origins: dict[fx.Node, int] = {}
+    ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
+    contents: dict[fx.Node, int] = {}
+    inputs = 0
+    for node in nodes:
+        mask, above = 0, frozenset[fx.Node]()
+        if node.op == "placeholder" and LIFTED in node.meta:
+            pass
+        elif node.op == "placeholder":
+            mask, inputs = 1 << inputs, inputs + 1
+        elif not operations.is_query(node) and not operations.is_like_factory(node):
+            for source in node.all_input_nodes:
+                mask |= origins[source] | contents.get(memory[source], 0)
+                above |= ancestors[source]
+            for target in written.get(node, ()):
+                contents[memory[target]] = contents.get(memory[target], 0) | mask
+        here = position[node]
+        above = frozenset(skip for skip in above if last_read[skip] >= here)
+        origins[node] = mask
+        ancestors[node] = above | {node} if node in last_read else above
+    return origins, ancestors

@@ -1,0 +1,127 @@
+"""Shapes: what each node of a captured graph gives and keeps, without computing any values.
+
+The graph is interpreted on fake tensors (torch/_subclasses/fake_tensor.py), which know shape, dtype and
+device and hold no memory; so inputs of any size cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfx.errors import InputTypeError
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, SHAPE
+from mfx.memory import KeptBytes
+from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+
+
+class Fake:
+    """A place where ``model`` runs on fake inputs; its parameters and buffers stay untouched."""
+
+    def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        self.mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = model
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.tensors = [self._fake(tensor) for tensor in tensors]
+
+    def _fake(self, tensor: Any) -> Any:
+        if isinstance(tensor, FakeTensor) or not isinstance(tensor, torch.Tensor):
+            return tensor
+        if not tensor.is_meta:
+            return self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+    @contextmanager
+    def __call__(self) -> Any:
+        """Run here: fake parameters and buffers, and a generator that does not move."""
+        held: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+            (table, name, tensor)
+            for module in self.model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        fakes = {id(tensor): self._twin(tensor) for _, _, tensor in held}
+        try:
+            for table, name, tensor in held:
+                table[name] = fakes[id(tensor)]
+            with self.mode, torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for table, name, tensor in held:
+                table[name] = tensor
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        fake = self._fake(tensor)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def kept_bytes(self, run: Callable[..., Any]) -> int:
+        """Bytes that ``run(model, *tensors)`` would keep for backward."""
+        with self(), torch.enable_grad():
+            with KeptBytes([*self.model.parameters(), *self.model.buffers(), *_tensors(self.tensors)]) as kept:
+                output = run(self.model, *self.tensors)
+            total = kept.total()
+            del output
+        return total
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a root-relative graph node by node, noting each value's shape and dtype."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+        super().__init__(nn.Module(), graph=graph)
+        self.root = root
+        self.kept = kept
+
+    def fetch_attr(self, target: str) -> Any:
+        owner, _, name = target.rpartition(".")
+        return getattr(self.root.get_submodule(owner), name)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.root.get_submodule(target)(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.kept.owner = n
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            n.meta[SHAPE], n.meta[DTYPE] = tuple(value.shape), value.dtype
+            if n.op == "call_method" and n.target == "to":
+                source = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
+                n.meta[DTYPE_KEPT] = isinstance(source, torch.Tensor) and source.dtype == value.dtype
+        return value
+
+
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[Any]) -> dict[fx.Node, int]:
+    """Note shape and dtype of every node's value in its meta; gives the bytes each keeps for backward.
+
+    A model whose shapes depend on values is interpreted as far as that goes.
+
+    Raises:
+        InputTypeError: the inputs do not fit the model.
+    """
+    fake = Fake(root, tensors)
+    with fake(), torch.enable_grad():
+        output = None
+        with KeptBytes([*root.parameters(), *root.buffers(), *_tensors(fake.tensors)]) as kept:
+            try:
+                output = _Interpreter(graph, root, kept).run(*fake.tensors)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                return {}
+            except (RuntimeError, TypeError, ValueError) as error:
+                shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _tensors(tensors))
+                raise InputTypeError(
+                    f"example_inputs do not fit the model (received {shapes}): {str(error).splitlines()[0]}"
+                ) from error
+        sizes = {node: size for node, size in kept.by_owner().items() if isinstance(node, fx.Node)}
+        del output
+    return sizes

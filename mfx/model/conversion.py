@@ -1,0 +1,160 @@
+"""Conversion: from a model to its momentumized version."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from mfx.errors import CaptureError, InputTypeError, NothingRewrittenWarning, OptionError
+from mfx.graph.notes import ADDED, STATE
+from mfx.model.generated import shallow_copy
+from mfx.model.state import Entry, Momentum, momentum_of
+from mfx.options import Gamma, Options, Patterns, Velocity, make_options
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def momentumize(
+    model: Model,
+    gamma: Gamma = 0.9,
+    *,
+    example_inputs: Any = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    modules: Patterns = None,
+    velocity: Velocity = "zero",
+    reversible: bool = True,
+    state_dtype: torch.dtype | str = "auto",
+    tolerance: float | None = None,
+    capture: str = "auto",
+) -> Model:
+    """The same model with its chains of residual blocks as reversible momentum chains.
+
+    Each block ``x <- x + f(x)`` becomes::
+
+        v <- gamma * v + (1 - gamma) * f(x)
+        x <- x + v
+
+    run backwards in closed form during backward, so that no activation of the chain is stored.  ``gamma = 0`` is
+    the original model's function.
+
+    Args:
+        model: any module that gives one graph; it is left as it is, and shares its parameters, buffers and submodules
+            with the result (``copy.deepcopy`` it first for independent ones).
+        gamma: float in [0, 1), or a mapping from block-name pattern to float (first match wins; a block that
+            none matches is kept).
+        example_inputs: tensor, tuple or dict, as the model's forward takes them.  Makes shapes known when
+            planning, and tells how a forward with ``*args`` is called; Dynamo needs them.
+        include: ``fnmatch`` pattern or patterns; only blocks whose name matches one are rewritten.
+        exclude: pattern or patterns of blocks to keep.
+        modules: patterns over module paths; each matching module is taken whole as one block,
+            ``F(x) = module(x) - x``.
+        velocity: v_0 of each chain: ``"zero"``; ``"first"``, v_0 = F_0(x_0); or a factory
+            ``velocity(chain) -> nn.Module`` whose module maps x_0 to v_0 and is registered as
+            ``momentum_velocity.<chain index>``.
+        reversible: False runs the same recurrence with stored activations.
+        state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` leaves the choice
+            between that and one precision up to the plan (:mod:`mfx.rule.snapshots`), which takes the cheaper in bytes.
+        tolerance: relative error that reversing may make; decides arithmetic and distance of snapshots.  None is
+            1e-10 for float64, 1e-4 for float32, 1e-2 for bfloat16 and float16, also as autocast has them.
+        capture: ``"fx"`` (symbolic tracing), ``"dynamo"``, or ``"auto"``: fx first, Dynamo where the model's Python
+            depends on values that symbolic tracing does not have.
+
+    Returns:
+        A new model of a subclass of the model's class.
+
+    Raises:
+        OptionError: an argument has a value that cannot be used.
+        InputTypeError: ``model`` is not a module, or an argument is of another wrong type.
+        CaptureError: the model's Python cannot be followed; names the module and the line.
+
+    Example:
+        >>> import torch, torchvision, mfx
+        >>> model = torchvision.models.resnet18(weights=None)
+        >>> mm = mfx.momentumize(model, gamma=0.9)
+        >>> mm(torch.randn(2, 3, 64, 64)).sum().backward()
+        >>> model.layer1[0].conv1.weight.grad is not None
+        True
+
+    Source: Sander et al., "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870.
+    """
+    options = make_options(
+        gamma,
+        include=include,
+        exclude=exclude,
+        modules=modules,
+        velocity=velocity,
+        reversible=reversible,
+        state_dtype=state_dtype,
+        tolerance=tolerance,
+        capture=capture,
+    )
+    mm, entry = convert(model, options, example_inputs)
+    momentum_of(mm).warn_of_hooks(entry, stacklevel=2)
+    _warn_if_nothing(entry, type(model).__name__)
+    return mm
+
+
+def convert(model: Model, options: Options, example_inputs: Any) -> tuple[Model, Entry]:
+    """The momentumized model for ``options``, and its first graph."""
+    check_model(model)
+    momentum = Momentum(type(model), replace(options, shapes=example_inputs is not None))
+    mm = shallow_copy(model, momentum)
+    entry = momentum.first(mm, example_inputs)
+    if callable(options.velocity):
+        chains = {str(chain.index): options.velocity(chain) for chain in entry.passed.plan.chains}
+        mm.add_module(ADDED, nn.ModuleDict(chains))
+    return mm, entry
+
+
+def momentum_version(model: Model, options: Options) -> Model:
+    """The momentumized model for ``options``; one that needs Dynamo is captured by its first call."""
+    check_model(model)
+    momentum = Momentum(type(model), options)
+    mm = shallow_copy(model, momentum)
+    try:
+        momentum.warn_of_hooks(momentum.first(mm, None), stacklevel=4)
+    except CaptureError:
+        if options.capture == "fx":
+            raise
+    return mm
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain module."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if STATE in model.__dict__:
+        raise OptionError("model is momentumized already: give the original, or use mfx.set_gamma to change gamma")
+    if "forward" in model.__dict__:
+        raise InputTypeError(
+            f"{type(model).__name__} has a forward of its own on the instance (model.forward = ...), which a "
+            "captured graph would pass by: delete it, or put it into a class"
+        )
+
+
+def graph_of(mm: nn.Module) -> fx.Graph:
+    """The rewritten graph of a momentumized model's latest capture, for printing.
+
+    Example:
+        >>> import torchvision, mfx
+        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.9)
+        >>> [n.name for n in mfx.graph_of(mm).nodes if n.name.startswith("momentum")][:1]
+        ['momentum_0']
+    """
+    return momentum_of(mm).latest_entry().passed.rewritten.graph
+
+
+def _warn_if_nothing(entry: Entry, name: str) -> None:
+    if not entry.passed.plan.chains:
+        reasons = {row.text for row in entry.passed.plan.rejections}
+        why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else " (it has no residual add)"
+        warnings.warn(
+            f"nothing was rewritten in {name}{why}: the model comes back equivalent",
+            NothingRewrittenWarning,
+            stacklevel=3,
+        )

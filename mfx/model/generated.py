@@ -1,0 +1,60 @@
+"""Generated classes: a momentumized model is a shallow copy of the model, of a subclass with one method replaced.
+
+Parameters, buffers and modules stay where they are and are shared with the original; state_dict keys, attributes,
+``isinstance``, ``.to()``, ``deepcopy``, pickling are the model's own (M4).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mfx.compile.inside import traced
+from mfx.graph.notes import STATE
+from mfx.model.state import Momentum
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shallow_copy(model: Model, momentum: Momentum) -> Model:
+    """The model with its own tables of children, parameters and buffers, and the generated class."""
+    mm = copy.copy(model)
+    mm.__class__ = _momentum_class(type(model))
+    state = dict(model.__dict__)
+    for table, entries in state.items():
+        if table.startswith("_") and isinstance(entries, (dict, set)):
+            state[table] = copy.copy(entries)
+    mm.__dict__ = {**state, STATE: momentum}
+    return mm
+
+
+@functools.cache
+def _momentum_class(original: type[nn.Module]) -> type[Any]:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return traced(self, getattr(self, STATE), original.forward, args, kwargs)
+        return self.__dict__[STATE].call(self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        state = dict(self.__dict__)
+        return _rebuild, (original,), state
+
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (original,), namespace)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """An empty momentumized model, for unpickling."""
+    created = _momentum_class(original)
+    return nn.Module.__new__(created)

@@ -1,0 +1,130 @@
+"""Parts: the modules of a model that run momentum chains, and what can be asked of all of them at once.
+
+A *part* is a momentumized module or a :class:`mfx.MomentumNet`, anywhere in a model; it is recognized by its state,
+:class:`Part`, under the name :data:`mfx.graph.notes.STATE`.  A block of a part has a name in the whole model: that of
+the part's module, a dot, and the block's name in the part.
+"""
+
+from __future__ import annotations
+
+import glob
+from typing import Protocol
+
+from torch import nn
+
+from mfx.errors import InputTypeError, OptionError
+from mfx.graph.notes import STATE
+from mfx.options import Gamma, check_gamma, gamma_of
+from mfx.run import ChainSpec
+
+
+class Part(Protocol):
+    """The momentum side of one module."""
+
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that are rewritten, as far as the module has been captured."""
+        ...
+
+    def specs(self) -> tuple[ChainSpec, ...]:
+        """The chains of all captures so far, the latest last."""
+        ...
+
+    def latest(self) -> tuple[ChainSpec, ...]:
+        """The chains of the latest capture."""
+        ...
+
+    def set_gamma(self, gamma: Gamma) -> None:
+        """Run with another gamma from the next forward on."""
+        ...
+
+
+def parts_of(model: nn.Module) -> dict[str, Part]:
+    """The parts of a model, by the path of their modules.
+
+    Raises:
+        InputTypeError: there is none.
+    """
+    found = {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
+    if not found:
+        raise InputTypeError(f"{type(model).__name__} is not a momentumized model: call mfx.momentumize on it first")
+    return found
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise for a copy that ``torch.nn.DataParallel`` made: it has no parameters, and would get no gradients."""
+    if module.__dict__.get("_is_replica"):
+        raise InputTypeError(
+            f"{type(module).__name__} runs momentum chains, which torch.nn.DataParallel's copies of a model cannot: "
+            "they have no parameters of their own. Use torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
+    """Change gamma of a momentumized model in place, for annealing; takes effect at the next forward.
+
+    Args:
+        mm: a momentumized model, a :class:`mfx.MomentumNet`, or a model with such parts.
+        gamma: as for :func:`mfx.momentumize`; a mapping's patterns match the names that blocks have in ``mm``.
+
+    Raises:
+        InputTypeError: ``mm`` has no momentumized part.
+        OptionError: a gamma outside [0, 1), or a mapping that gives no gamma to a block that is rewritten.
+
+    Example:
+        >>> import torch, torchvision, mfx
+        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.0)
+        >>> mfx.set_gamma(mm, 0.5)
+    """
+    checked = check_gamma(gamma)
+    parts = parts_of(mm)
+    left_out = [name for path, part in parts.items() for name in _full(path, part) if gamma_of(checked, name) is None]
+    if left_out:
+        raise OptionError(
+            f"gamma={gamma!r} gives no value to blocks {sorted(left_out)}, which are rewritten: add a pattern for them"
+        )
+    for path, part in parts.items():
+        part.set_gamma(_within(path, part, checked) if path and isinstance(checked, tuple) else gamma)
+
+
+def _full(path: str, part: Part) -> list[str]:
+    """The names of a part's blocks in the whole model."""
+    return [f"{path}.{name}" if path else name for name in part.blocks()]
+
+
+def _within(path: str, part: Part, gamma: tuple[tuple[str, float], ...]) -> dict[str, float]:
+    """What a mapping over the names in the whole model says about the blocks of one part."""
+    values = (gamma_of(gamma, name) for name in _full(path, part))
+    return {glob.escape(name): value for name, value in zip(part.blocks(), values, strict=True) if value is not None}
+
+
+def drift(mm: nn.Module) -> dict[str, float]:
+    """How far each chain's last backward was from what is known of its state, relative; see :mod:`mfx.run.detector`.
+
+    Where it passes the tolerance, a :class:`mfx.DriftWarning` has said so.  This waits for values that are still
+    on their way from a device.
+
+    Args:
+        mm: a momentumized model, a :class:`mfx.MomentumNet`, or a model with such parts.
+
+    Returns:
+        The drift of each chain that has run a backward, by name; the largest where there are several graphs.
+
+    Raises:
+        InputTypeError: ``mm`` has no momentumized part.
+
+    Example:
+        >>> import torch, torchvision, mfx
+        >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.9)
+        >>> mm(torch.randn(2, 3, 64, 64)).sum().backward()
+        >>> max(mfx.drift(mm).values()) < 1e-4
+        True
+    """
+    found: dict[str, float] = {}
+    for path, part in parts_of(mm).items():
+        for chain in part.specs():
+            chain.drift.poll(wait=True)
+            value = chain.drift.value
+            name = f"{path}.{chain.name}" if path else chain.name
+            if value is not None:
+                found[name] = max(value, found.get(name, value))
+    return found

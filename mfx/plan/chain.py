@@ -1,0 +1,108 @@
+"""The plan, a frozen value: which blocks form chains, by which rules and in which way each chain runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from mfx.errors import Reason
+from mfx.find import Block, Rejection
+from mfx.graph.notes import DTYPE
+from mfx.options import Options
+from mfx.rule import Rule, Schedule, schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How a chain runs: reversible, or (for a ``reason``, about ``node``) with its activations stored."""
+
+    reason: Reason | None = None
+    node: object = None
+
+    @property
+    def reversible(self) -> bool:
+        """Whether nothing speaks against it."""
+        return self.reason is None
+
+    @property
+    def text(self) -> str:
+        """Why activations are stored; empty where they are not."""
+        return "" if self.reason is None else self.reason.text(self.node)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Consecutive blocks that share one velocity.
+
+    ``taps`` are states before the last that are read outside the chain, ``escapes`` branch values read
+    outside it, both in order.  ``eager`` and ``compiled`` say how it runs as it is, and where a compiler traces it.
+    """
+
+    index: int
+    blocks: tuple[Block, ...] = field(repr=False)
+    rules: tuple[Rule, ...]
+    state_dtype: torch.dtype | str
+    tolerance: float | None
+    eager: Way
+    compiled: Way
+    taps: tuple[fx.Node, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks' names, in order."""
+        return tuple(block.name for block in self.blocks)
+
+    @property
+    def input(self) -> fx.Node:
+        """x_0."""
+        return self.blocks[0].skip
+
+    @property
+    def output(self) -> fx.Node:
+        """x_N."""
+        return self.blocks[-1].output
+
+    @property
+    def escapes(self) -> tuple[fx.Node, ...]:
+        """The branch values that are handed out."""
+        return tuple(node for block in self.blocks for node in block.escapes)
+
+    @property
+    def note(self) -> str:
+        """Rules and schedule in a line; where the dtype of x is not known, for float32."""
+        dtype = self.input.meta.get(DTYPE, torch.float32)
+        found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
+        gammas = ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(self.gammas))
+        how = found.note(len(self.blocks)) if self.eager.reversible else "activations kept"
+        return f"gamma {gammas}; {len(self.blocks)} steps; {how}"
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """The decay of each block's velocity."""
+        return tuple(rule.decay for rule in self.rules)
+
+    def schedule(self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True) -> Schedule:
+        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.snapshots.schedule`."""
+        return schedule(self.rules, dtype, self.state_dtype, self.tolerance, compute, same_branches)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is rewritten and what is kept, and why."""
+
+    chains: tuple[Chain, ...]
+    rejections: tuple[Rejection, ...]
+    options: Options
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each chain's blocks."""
+        return tuple(chain.names for chain in self.chains)
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """For each residual add by name: the names of its chain, none where it is kept."""
+        kept: dict[str, tuple[str, ...]] = {row.name: () for row in self.rejections}
+        return kept | {name: chain for chain in self.names for name in chain}

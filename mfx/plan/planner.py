@@ -1,0 +1,97 @@
+"""Plan: from what was found and what was asked to what will be rewritten.  Pure; a frozen value.
+
+1. Blocks the caller excludes, or gives no gamma, are kept.
+2. Of blocks that overlap (nested, or long skips around others) the level with the longer chain is kept,
+   the outer one on a tie (:mod:`mfx.plan.level`).
+3. Consecutive blocks, each skip being the block before's output, form a *chain* (:mod:`mfx.plan.order`).
+4. Each block gets its rule; each chain its schedule (:mod:`mfx.rule.snapshots`), and the way it runs, in eager mode and
+   under a compiler.
+
+Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equation (5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import fx
+
+from mfx.errors import Reason
+from mfx.find import Block, Found, Rejection
+from mfx.graph import operations
+from mfx.graph.dataflow import Dataflow
+from mfx.options import Options, check_patterns
+from mfx.plan.chain import Chain, Plan, Way
+from mfx.plan.level import one_level, reject
+from mfx.plan.order import runs_of
+from mfx.rule import Momentum, Rule
+
+
+def plan(found: Found, options: Options) -> Plan:
+    """The plan for ``found`` under ``options``."""
+    names = [row.name for row in (*found.blocks, *found.rejections)]
+    for argument in ("include", "exclude"):
+        check_patterns(argument, getattr(options, argument), names)
+    if isinstance(options.gamma, tuple) and names:
+        check_patterns("gamma", (pattern for pattern, _ in options.gamma), names)
+    rejections = list(found.rejections)
+    asked = _asked(found.blocks, options, rejections)
+    kept = one_level(asked, rejections)
+    runs = runs_of(found.flow, kept, rejections)
+    chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
+    rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
+    return Plan(tuple(chains), tuple(rejections), options)
+
+
+def _asked(blocks: Iterable[Block], options: Options, rejections: list[Rejection]) -> list[Block]:
+    """The blocks that the caller wants rewritten."""
+    asked = []
+    for block in blocks:
+        if not options.selects(block.name):
+            rejections.append(reject(block, Reason.EXCLUDED))
+        elif options.gamma_of(block.name) is None:
+            rejections.append(reject(block, Reason.NO_GAMMA))
+        else:
+            asked.append(block)
+    return asked
+
+
+def with_options(plan: Plan, options: Options) -> Plan:
+    """The plan with the gammas that ``options`` give its blocks; chains stay as they are."""
+    chains = tuple(replace(chain, rules=_rules(chain.blocks, options)) for chain in plan.chains)
+    return replace(plan, chains=chains, options=options)
+
+
+def _rules(blocks: Iterable[Block], options: Options) -> tuple[Rule, ...]:
+    """The rule of each block; the first one's where v_0 = F_0(x_0) starts the chain."""
+    gammas = [options.gamma_of(block.name) for block in blocks]
+    rules = tuple(Momentum(gamma) for gamma in gammas if gamma is not None)
+    return (rules[0].starting, *rules[1:]) if options.velocity == "first" else rules
+
+
+def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) -> Chain:
+    inside = {node for block in blocks for node in block.nodes}
+    states = [block.output for block in blocks[:-1]]
+    eager = Way() if options.reversible else Way(Reason.STORED_ON_REQUEST)
+    return Chain(
+        index=index,
+        blocks=tuple(blocks),
+        rules=_rules(blocks, options),
+        state_dtype=options.state_dtype,
+        tolerance=options.tolerance,
+        eager=eager,
+        compiled=_compiled(blocks, flow) if eager.reversible else eager,
+        taps=tuple(state for state in states if any(_taps(user, inside) for user in state.users)),
+    )
+
+
+def _compiled(blocks: list[Block], flow: Dataflow) -> Way:
+    """How a chain runs under a compiler, which can rewind no generator."""
+    members = (node for block in blocks for node in block.members)
+    node = next((node for node in members if not flow.is_repeatable(node)), None)
+    return Way() if node is None else Way(Reason.UNREPEATABLE, node)
+
+
+def _taps(user: fx.Node, inside: set[fx.Node]) -> bool:
+    return user not in inside and not operations.is_shape_query(user)

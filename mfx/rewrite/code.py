@@ -1,0 +1,62 @@
+"""Code: from a graph to a Python function, and chains to functions of their own name."""
+
+from __future__ import annotations
+
+import linecache
+import types
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.run import ChainSpec, run
+
+_serial = count()
+
+
+def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
+    """The chain as a function of its own name, which is what a graph prints; so is ``plan``, which is for readers."""
+
+    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, plan: str = "") -> Any:
+        return run(spec, root, x, velocity, *operands)
+
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, seed: Any = None) -> Any:
+        assert bound is not None
+        return run(spec, bound, x, velocity, *operands, seed=seed)
+
+    function = momentum if bound is None else momentum_of_tensors
+    function.__name__ = function.__qualname__ = spec.name
+    function.__module__ = "mfx"
+    return function
+
+
+def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """The function of a graph whose first placeholder is the root module.
+
+    The root is given twice: as ``self`` for the modules named by path, and as the value that chains take.
+    """
+    code = graph.python_code("self")
+    filename = f"<mfx {name} {next(_serial)}>"
+    scope = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), scope)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    return _root_twice(scope["forward"])
+
+
+def _root_twice(function: Any) -> Callable[..., Any]:
+    def call(root: nn.Module, *inputs: Any) -> Any:
+        return function(root, root, *inputs)
+
+    call.__wrapped__ = function  # type: ignore[attr-defined]
+    return call
+
+
+def with_calls(compiled: Any, calls: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A compiled graph with other chain functions, by their names; nothing is compiled anew."""
+    function = compiled.__wrapped__
+    scope = dict(function.__globals__)
+    for key, value in scope.items():
+        if getattr(value, "__module__", None) == "mfx" and getattr(value, "__name__", None) in calls:
+            scope[key] = calls[value.__name__]
+    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__))

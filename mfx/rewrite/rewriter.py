@@ -1,0 +1,120 @@
+"""Rewrite: a graph and a plan to a new graph in which each chain is one momentum node.
+
+1. Chains take the place of their blocks' nodes; the order is a topological one that keeps the original's
+   wherever it can.
+2. A chain node's arguments are what its :mod:`mfx.rewrite.binding` gives first, x_0, v_0 (or None), and for each block
+   a tuple of operands: its side values, then its parameters.  Its results are x_N, the taps, and the branch values
+   handed out.
+3. Each branch becomes a graph, and a function, of its own (:mod:`mfx.rewrite.specs`).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from mfx.find import Found
+from mfx.graph import operations
+from mfx.graph.dataflow import Dataflow
+from mfx.plan import Chain, Plan
+from mfx.plan.order import contract, first_states
+from mfx.rewrite.binding import Binding
+from mfx.rewrite.code import chain_function, with_calls
+from mfx.rewrite.specs import join_path, spec_of
+from mfx.run import ChainSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """The new graph, and the function that computes it (by root: ``run(root, *inputs)``)."""
+
+    graph: fx.Graph
+    run: Callable[..., Any]
+    chains: tuple[ChainSpec, ...]
+
+    @property
+    def code(self) -> str:
+        """The graph as Python."""
+        return self.graph.python_code("self").src
+
+
+def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
+    """The graph of ``found`` with the chains of ``plan`` as momentum nodes; the original is left as it is."""
+    flow = found.flow
+    specs = tuple(spec_of(chain, flow, binding.way(chain)) for chain in plan.chains)
+    graph = fx.Graph()
+    first = binding.begin(graph)
+    env: dict[fx.Node, fx.Node] = {}
+    states = first_states([chain.blocks for chain in plan.chains])
+    for item in _order(flow, plan):
+        if isinstance(item, Chain):
+            _emit(graph, binding, first, item, specs[item.index], env, learned=callable(plan.options.velocity))
+        else:
+            env[item] = graph.node_copy(item, _lookup(item, env, states))
+    graph.lint()
+    return Rewritten(graph, binding.finish(graph), specs)
+
+
+def with_rules(rewritten: Rewritten, plan: Plan) -> Rewritten:
+    """``rewritten``, a graph by root, with the rules of a plan of the same chains; branches stay as they are."""
+    specs = []
+    for spec, chain in zip(rewritten.chains, plan.chains, strict=True):
+        steps = tuple(replace(step, rule=rule) for step, rule in zip(spec.steps, chain.rules, strict=True))
+        specs.append(replace(spec, steps=steps, schedule=chain.schedule))
+    graph = copy.deepcopy(rewritten.graph)
+    calls = {spec.name: chain_function(spec) for spec in specs}
+    notes = {spec.name: chain.note for spec, chain in zip(specs, plan.chains, strict=True)}
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if getattr(node.target, "__module__", "") == "mfx" and name in calls:
+            node.target, node.kwargs = calls[name], {**node.kwargs, "plan": notes[name]}
+    return Rewritten(graph, with_calls(rewritten.run, calls), tuple(specs))
+
+
+def _lookup(
+    reader: fx.Node, env: dict[fx.Node, fx.Node], first: dict[fx.Node, fx.Node]
+) -> Callable[[fx.Node], fx.Node]:
+    """Where a node outside the chains finds its inputs; what all states share is asked of x_0."""
+    if not operations.is_shape_query(reader):
+        return env.__getitem__
+    return lambda node: env[first[node]] if node in first and node not in env else env[node]
+
+
+def _order(flow: Dataflow, plan: Plan) -> list[fx.Node | Chain]:
+    """Chains and remaining nodes in an order that respects all inputs, and the original where it can."""
+    contracted = contract(flow, [chain.blocks for chain in plan.chains])
+
+    def place(item: fx.Node | int) -> int:
+        return flow.position[plan.chains[item].output if isinstance(item, int) else item]
+
+    ordered = nx.lexicographical_topological_sort(contracted, place)
+    return [plan.chains[item] if isinstance(item, int) else item for item in ordered]
+
+
+def _emit(
+    graph: fx.Graph,
+    binding: Binding,
+    first: tuple[fx.Node, ...],
+    chain: Chain,
+    spec: ChainSpec,
+    env: dict[fx.Node, fx.Node],
+    learned: bool,
+) -> None:
+    """Add the momentum node of ``chain``, and name its results in ``env``."""
+    x = env[chain.input]
+    velocity = binding.velocity(graph, chain, x, env) if learned else None
+    groups = []
+    for block, step in zip(chain.blocks, spec.steps, strict=True):
+        outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
+        parameters = [graph.get_attr(join_path(*aliases[0])) for aliases in step.parameters]
+        groups.append((*outer, *parameters))
+    keywords = binding.keywords(graph, chain, spec, x)
+    node = graph.call_function(binding.function(spec), (*first, x, velocity, *groups), keywords)
+    for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
+        env[value] = graph.call_function(operator.getitem, (node, position))

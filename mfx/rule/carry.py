@@ -1,0 +1,189 @@
+"""Carry: the arithmetic of a chain's state (x, v), forward and backward.
+
+:class:`Floating` computes as the rule writes it.  :class:`Exact` is undone bit for bit, as long as
+branches repeat themselves; :mod:`mfx.rule.precision` says when which is used and derives the numbers.  A *run* is the
+steps from one kept state to the next.  In exact arithmetic
+
+1. a run starts by putting x on a grid: multiples of a power of two, a fixed fraction of the run's largest element;
+2. after its first step it carries v as whole numbers w of quanta, ``v = w q0 P`` with P the product of the decays
+   of the steps since;
+3. forward ``w <- w + round(pull F / (q0 P))``, ``x <- x + round_to_grid(v)``; backward the same with minus;
+4. a run of a single step is undone from what was kept, and computed in floating arithmetic.
+
+Rounding is done by adding and subtracting 1.5 * 2^(digits - 1), to which gradients, NaN and infinity are
+transparent.  Both kinds of chain, reversible and stored, carry their state in this way, so they compute the same.
+
+Reference: Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible Learning",
+ICML 2015, arXiv 1502.03492, section 2 (the bits that a decay loses have to be kept somewhere).
+Known limits: see :mod:`mfx.rule.precision`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfx.rule.snapshots import Schedule
+from mfx.rule.step import StepSpec, advance, branch_of, retreat
+
+_EXPONENT = {torch.float64: (torch.int64, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7F800000)}
+_ROUNDER = {torch.float64: 1.5 * 2.0**52, torch.float32: 1.5 * 2.0**23}
+
+
+class Floating:
+    """The state as it is; x' - v' loses what x + v' rounded away."""
+
+    def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule) -> None:
+        self.steps = steps
+        self.plan = plan
+
+    def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as step ``index`` uses it, and v itself where the step starts a run."""
+        return x, v
+
+    def advance(self, index: int, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The carried state after a step, from what :meth:`enter` gave and the branch's value."""
+        return advance(self.steps[index], x, v, value)
+
+    def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
+        """x before a step, from the carried state after it."""
+        return self.steps[index].rule.x_before(x, v)
+
+    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
+        """v before a step, from x before it, v after it and the branch's value at x."""
+        return retreat(self.steps[index], x, v, value)
+
+    def velocity(self, index: int, v: Tensor) -> Tensor:
+        """v_index itself, from what is carried for it."""
+        return v
+
+
+class Exact(Floating):
+    """The state on grids; see the module."""
+
+    def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule) -> None:
+        super().__init__(steps, plan)
+        self.places = _places(tuple(step.rule.decay for step in steps), plan)
+        self.grids: dict[int, _Grid] = {}
+
+    def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        place = self.places[index]
+        if index != place.start:
+            return x, v
+        v = None if v is None else self.velocity(index, v)
+        if place.alone:
+            return x, v
+        if index not in self.grids:
+            self.grids[index] = _Grid.of(x, v, self.plan.grid, place.quantum)
+        grid = self.grids[index]
+        return _rounded(x, grid.per_x).mul_(grid.x), v
+
+    def advance(self, index: int, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+        place, step = self.places[index], self.steps[index]
+        if place.alone:
+            x, v = advance(step, x, v, value)
+            return x.to(self.plan.state_dtype), v.to(self.plan.state_dtype)
+        grid = self.grids[place.start]
+        if index == place.start:
+            _, v = advance(step, x, v, value)
+            w = _rounded(v.to(x.dtype), grid.per_v)
+        else:
+            assert v is not None
+            w = v + self._added(index, x, value)
+        return x + self._moved(index, w), w
+
+    def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
+        moved = v if self.places[index].alone else self._moved(index, v)
+        return self.steps[index].rule.x_before(x, moved)
+
+    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
+        if index == self.places[index].start:
+            return retreat(self.steps[index], x, self.velocity(index + 1, v), value)
+        return v - self._added(index, x, value)
+
+    def velocity(self, index: int, v: Tensor) -> Tensor:
+        place = self.places[index - 1] if index else None
+        if place is None or place.alone:
+            return v
+        return v * (self.grids[place.start].v * place.product)
+
+    def _added(self, index: int, x: Tensor, value: Tensor) -> Tensor:
+        """What a step adds to w."""
+        step, place = self.steps[index], self.places[index]
+        branch = branch_of(step, x, value.to(x.dtype))
+        per_v = self.grids[place.start].per_v
+        return _rounded(branch, per_v * (step.rule.pull / place.product))
+
+    def _moved(self, index: int, w: Tensor) -> Tensor:
+        """What a step adds to x."""
+        place = self.places[index]
+        ratio = place.quantum / self.plan.grid * place.product
+        return _rounded(w, ratio).mul_(self.grids[place.start].x)
+
+
+def carry(steps: tuple[StepSpec, ...], plan: Schedule) -> Floating:
+    """The arithmetic that ``plan`` asks for."""
+    return Exact(steps, plan) if plan.exact else Floating(steps, plan)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a step is: the first step of its run, the product of decays from there, q0 of the run."""
+
+    start: int
+    product: float
+    quantum: float
+    alone: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(decays: tuple[float, ...], plan: Schedule) -> tuple[_Place, ...]:
+    starts = plan.starts()
+    places: list[_Place] = []
+    for start, end, quantum in zip(starts, [*starts[1:], len(decays)], plan.quanta, strict=True):
+        products = [1.0]
+        for decay in decays[start + 1 : end]:
+            products.append(products[-1] * decay)
+        places += [_Place(start, product, quantum, end - start == 1) for product in products]
+    return tuple(places)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The quanta of a run and their inverses, as tensors without dimensions: they depend on data, unseen."""
+
+    x: Tensor
+    per_x: Tensor
+    v: Tensor
+    per_v: Tensor
+
+    @staticmethod
+    def of(x: Tensor, v: Tensor | None, grid: float, quantum: float) -> _Grid:
+        """The grid of the run that starts from (x, v)."""
+        largest = _largest(x) if v is None else torch.maximum(_largest(x), _largest(v.to(x.dtype)))
+        unit = _power_of_two(largest)
+        return _Grid(unit * grid, 1 / (unit * grid), unit * quantum, 1 / (unit * quantum))
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite absolute value."""
+    size = x.detach().abs()
+    if size.numel() == 0:
+        return x.new_zeros(())
+    return torch.where(size.isfinite(), size, 0.0).amax()
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The power of two above a number, by its exponent bits; 2 for zero."""
+    integer, mask = _EXPONENT[size.dtype]
+    power = (size.view(integer) & mask).view(size.dtype) * 2
+    return torch.where(power > 0, power, 2.0)
+
+
+def _rounded(x: Tensor, factor: Tensor | float) -> Tensor:
+    """``round(x * factor)``, a new tensor; the gradient is that of ``x * factor``."""
+    rounder = _ROUNDER[x.dtype]
+    return (x * factor).add_(rounder).sub_(rounder)

@@ -1,0 +1,6 @@
+"""From a chain and tensors to tensors, forward and backward; knows no ``torch.fx``."""
+
+from mfx.run.chain import ChainSpec
+from mfx.run.reversible import run
+
+__all__ = ["ChainSpec", "run"]

@@ -1,0 +1,210 @@
+"""Recompute: run a step's branch a second time, and differentiate it.
+
+1. The branch runs under the conditions of its first run (:mod:`mfx.run.conditions`), on detached inputs.
+2. The modules' own parameters are what is differentiated by, as long as they are still the step's operands.
+3. The gradients of x, the side values and the parameters are those of one ``torch.autograd.grad``.
+
+Source: torch/utils/checkpoint.py, whose recomputation this follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfx.errors import BackwardError
+from mfx.rule.step import StepSpec
+from mfx.run.conditions import Conditions
+from mfx.run.tape import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class Rerun:
+    """One step as it ran first, and all that it takes to run its branch again.
+
+    ``owners`` are the modules that hold each parameter, with its names there; ``pointers`` where its values lay;
+    ``constants`` the operands that autograd does not save (None stands for those that it does).
+    """
+
+    setting: Setting
+    index: int
+    dtype: torch.dtype
+    conditions: Conditions
+    owners: tuple[tuple[tuple[nn.Module, str], ...], ...]
+    pointers: tuple[int | None, ...]
+    constants: tuple[tuple[Any] | None, ...]
+
+    @staticmethod
+    def of(
+        setting: Setting, index: int, dtype: torch.dtype, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]
+    ) -> Rerun:
+        """For the step whose branch is about to run."""
+        step = setting.chain.steps[index]
+        return Rerun(
+            setting,
+            index,
+            dtype,
+            conditions_of(step, setting.root, x),
+            tuple(tuple((submodule(setting.root, path), name) for path, name in names) for names in step.parameters),
+            tuple(_pointer(operand) for operand in operands[len(step.sides) :]),
+            tuple(None if there else (operand,) for operand, there in zip(operands, saved, strict=True)),
+        )
+
+    @property
+    def step(self) -> StepSpec:
+        """The step itself."""
+        return self.setting.chain.steps[self.index]
+
+    def operands(self, saved: Iterator[Tensor]) -> list[Any]:
+        """The step's operands, from those that autograd saved.
+
+        Raises:
+            BackwardError: a parameter was given other values meanwhile.
+        """
+        operands = [next(saved) if held is None else held[0] for held in self.constants]
+        self._refuse_moved(operands[len(self.step.sides) :])
+        return operands
+
+    def differentiate(
+        self,
+        x: Tensor,
+        operands: Sequence[Any],
+        wanted: Sequence[bool],
+        grad: Tensor | None,
+        grad_extra: Sequence[Tensor | None],
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The branch's value once more, and the gradients of x and the operands from those of its values."""
+        step = self.step
+        differentiable = (grad is not None or any(one is not None for one in grad_extra)) and any(wanted)
+        given = operands[len(step.sides) :]
+        with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
+            leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
+            with torch.set_grad_enabled(differentiable):
+                value, *extra = self._run(leaves[: 1 + len(step.sides)])
+            if not differentiable:
+                return value, [None] * len(leaves)
+            pairs = [
+                (output, cotangent.to(output.dtype))
+                for output, cotangent in zip((value, *extra), (grad, *grad_extra), strict=True)
+                if cotangent is not None and output.requires_grad
+            ]
+            grads = _gradients(pairs, leaves, wanted)
+        return value.detach(), grads
+
+    def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        setting = self.setting
+        x, *sides = values
+        with setting.autocast(), self.conditions.rewound(), setting.draws(self.index, again=True):
+            return self.step.again(setting.root, x.to(self.dtype), *sides)
+
+    def _refuse_moved(self, parameters: Sequence[Any]) -> None:
+        for ((module, name), *_), operand, pointer in zip(self.owners, parameters, self.pointers, strict=True):
+            if module._parameters.get(name) is operand and pointer is not None and _pointer(operand) != pointer:
+                raise BackwardError(
+                    f"block {self.step.name!r}: parameter {name!r} of {type(module).__name__} was given other values "
+                    "(.data = ...) between forward and backward, so its branch cannot be recomputed as it ran. Do so "
+                    "after backward"
+                )
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    if not pairs or not asked:
+        return [None] * len(leaves)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    return [next(found) if want else None for want in wanted]
+
+
+def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
+    """The conditions of a step's branch, with the modules in the modes they are in."""
+    called = {module: None for path in step.modules for module in submodule(root, path).modules()}
+    buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
+    return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
+
+
+@contextlib.contextmanager
+def as_recomputed(step: StepSpec) -> Iterator[None]:
+    """The grad mode of the recomputation, for branches that look at it.
+
+    What autograd would save is dropped at once: kept as it is, a node that saves its own result would be a cycle that
+    nothing frees.
+    """
+    if not step.sees_grad_mode:
+        yield
+        return
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
+        yield
+
+
+def _leaf(value: Any, wanted: bool | None = None) -> Any:
+    """A value without history, to differentiate by (if it was, where that is not said)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad if wanted is None else wanted)
+
+
+def _pointer(operand: Any) -> int | None:
+    """Where a parameter's values lie; None where that cannot be told."""
+    plain = type(operand) in (Tensor, nn.Parameter) and not operand.is_meta
+    return operand.data_ptr() if plain else None
+
+
+def saved_tensors(ctx: Any, what: str) -> tuple[Tensor, ...]:
+    """What autograd saved; ``what`` says what may have been changed meanwhile."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BackwardError(
+            f"{what} was changed in place between forward and backward, so the chain cannot be run backwards as it "
+            "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
+            f"stored. From autograd: {error}"
+        ) from error
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, without the checks of ``get_submodule``: this runs for every block and step."""
+    for name in path.split(".") if path else ():
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
+
+
+@contextlib.contextmanager
+def parameters_as_operands(
+    owners: Sequence[Sequence[tuple[nn.Module, str]]], operands: Sequence[Any]
+) -> Iterator[list[torch.Tensor]]:
+    """Run with ``operands`` as the modules' parameters; gives the tensors to differentiate by.
+
+    Each operand may be owned under several names.  Where the modules still hold the operand itself, that is the
+    parameter.  Where they do not (the forward ran inside ``torch.func.functional_call``, say) an alias of the
+    operand takes its place meanwhile.  Tensor hooks of parameters are silent meanwhile: they run once, when the
+    gradient arrives outside.
+    """
+    leaves: list[torch.Tensor] = []
+    swapped: list[tuple[nn.Module, str, Any]] = []
+    hooks: list[tuple[torch.Tensor, Any]] = []
+    try:
+        for names, operand in zip(owners, operands, strict=True):
+            if all(module._parameters[name] is operand for module, name in names):
+                leaves.append(operand)
+                if operand._backward_hooks:
+                    hooks.append((operand, operand._backward_hooks))
+                    operand._backward_hooks = None
+                continue
+            leaves.append(operand.detach().requires_grad_(operand.requires_grad))
+            for module, name in names:
+                swapped.append((module, name, module._parameters[name]))
+                module._parameters[name] = leaves[-1]  # type: ignore[assignment]
+        yield leaves
+    finally:
+        for tensor, hook in hooks:
+            tensor._backward_hooks = hook
+        for module, name, held in swapped:
+            module._parameters[name] = held

@@ -1,0 +1,126 @@
+"""torch, as far as mfx uses what torch does not promise: every private name, and what differs between versions.
+
+mfx runs on torch 2.11 to 2.15.  A private name that is gone is reported here, once, with the version; a test lists all
+names of this file, so that a new one is a decision.  Dynamo takes a second to import, so its names are looked up when
+they are first needed (:func:`dynamo`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    from torch._ops import HigherOrderOperator, OpOverload
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+    from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError as error:
+    raise ImportError(
+        f"mfx runs on torch 2.11 to 2.15, and torch {torch.__version__} has moved a name that it needs: {error}. "
+        "Install a torch of these versions, or a newer mfx"
+    ) from error
+
+__all__ = [
+    "DataDependentOutputException",
+    "DropoutNd",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "HigherOrderOperator",
+    "NormBase",
+    "OpOverload",
+    "TorchDispatchMode",
+    "dynamo",
+    "forward_derivative_is_on",
+    "functions_are_transformed",
+    "is_lifted_number",
+    "is_recording",
+    "pytree",
+    "safe_softmax",
+    "source_name",
+    "source_of",
+]
+
+DYNAMO = {
+    "InstructionTranslator": "torch._dynamo.symbolic_convert",
+    "TensorVariable": "torch._dynamo.variables",
+    "UnspecializedNNModuleVariable": "torch._dynamo.variables.nn_module",
+    "_get_closure_vars": "torch._dynamo.guards",
+    "_get_frame": "torch._dynamo.convert_frame",
+    "comptime": "torch._dynamo.comptime",
+    "config": "torch._dynamo",
+    "dynamo_timed": "torch._dynamo.utils",
+    "fullgraph_capture": "torch._dynamo.convert_frame",
+    "get_metrics_context": "torch._dynamo.utils",
+    "lookup_backend": "torch._dynamo.backends.registry",
+}
+"""What mfx uses of Dynamo, and where it lies in torch 2.11 to 2.15."""
+
+
+@functools.cache
+def dynamo() -> Any:
+    """The names of :data:`DYNAMO`, as attributes.
+
+    Raises:
+        ImportError: this torch has moved one.
+    """
+    found = {}
+    for name, place in DYNAMO.items():
+        module = importlib.import_module(place)
+        if not hasattr(module, name):
+            raise ImportError(
+                f"mfx needs {place}.{name}, which torch 2.11 to 2.15 have and torch {torch.__version__} has not: "
+                "capture='fx' and eager mode work without it"
+            )
+        found[name] = getattr(module, name)
+    return SimpleNamespace(**found)
+
+
+def source_name(source: Any) -> str:
+    """Dynamo's name of a graph input: ``Source.name`` is a method in torch 2.11 and a property in 2.15."""
+    name: Any = source.name
+    return str(name() if callable(name) else name)
+
+
+def source_of(placeholder: Any) -> Any:
+    """Where Dynamo has a graph input from; None where it does not say."""
+    return getattr(placeholder, "_dynamo_source", None)
+
+
+def is_lifted_number(placeholder: Any) -> bool:
+    """Whether a tensor input of Dynamo's graph is a float that may change, with an ``item()`` in the graph."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+def is_recording() -> bool:
+    """Whether operations become a graph as they run."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def functions_are_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap ...) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_derivative_is_on() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension that gives 0 where everything is masked."""
+    return torch._safe_softmax(scores, -1)  # pyright: ignore[reportPrivateImportUsage]

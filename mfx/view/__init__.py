@@ -1,0 +1,8 @@
+"""What a person sees: the report before, the verification after."""
+
+from mfx.view.reporting import report
+from mfx.view.rows import Report
+from mfx.view.verification import verify
+from mfx.view.verified import ChainVerification, Verification
+
+__all__ = ["ChainVerification", "Report", "Verification", "report", "verify"]

@@ -1,0 +1,179 @@
+"""torch.compile of momentumized models: one graph, the same function and gradients as outside of a compiler."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from compiled import chains, gradients, handed, recording
+from helpers import relative_error
+from nets import Block, ConvNet, Net, images, rows
+from torch import nn
+
+import mfx
+from mfx import kept_bytes
+from mfx.rule import Momentum, schedule
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", [recording, "aot_eager"])
+@pytest.mark.parametrize(
+    ("make", "inputs", "options"),
+    [
+        (Net, rows, {}),
+        (ConvNet, images, {}),
+        (Net, rows, {"velocity": "first"}),
+        (Net, rows, {"velocity": lambda chain: nn.Linear(6, 6).double()}),
+    ],
+)
+def test_compiled_is_what_it_is_uncompiled(make, inputs, options, backend, dynamic):
+    mm, x = mfx.momentumize(make(2, p=0.0), 0.8, **options), inputs()
+    net = torch.compile(mm, backend=backend, fullgraph=True, dynamic=dynamic)
+    assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-10
+    assert all(chains(gm) == ["momentum_0"] for gm in handed)
+    assert len(handed) == (backend is recording)
+
+
+def test_train_and_eval_and_a_new_head():
+    mm, x = mfx.momentumize(ConvNet(2, p=0.0), 0.8), images()
+    net = torch.compile(mm, backend="aot_eager", fullgraph=True)
+    net(x)
+    mm.eval()
+    assert relative_error(net(x), mm(x)) < 1e-12
+    mm.head = nn.Linear(6, 7).double()
+    assert net(x).shape == (4, 7)
+    assert relative_error(net(x), mm(x)) < 1e-12
+
+
+def test_a_change_of_gamma_is_seen():
+    mm, x = mfx.momentumize(Net(2, p=0.0), 0.9), rows()
+    net = torch.compile(mm, backend=recording, fullgraph=True)
+    for gamma in (0.9, 0.0, 0.5):
+        mfx.set_gamma(mm, gamma)
+        assert relative_error(net(x), mm(x)) < 1e-12
+
+
+def test_models_of_one_class_do_not_share_compiled_code():
+    model, x = Net(2, p=0.0), rows()
+    for gamma in (0.9, 0.2):
+        mm = mfx.momentumize(model, gamma)
+        assert relative_error(torch.compile(mm, backend=recording, fullgraph=True)(x), mm(x)) < 1e-12
+    for twin in (copy.deepcopy(mm), pickle.loads(pickle.dumps(mm))):
+        assert relative_error(torch.compile(twin, backend=recording, fullgraph=True)(x), mm(x)) < 1e-12
+
+
+def test_two_models_in_one_outer_graph():
+    velocity = {"velocity": lambda chain: nn.Linear(6, 6).double()}
+    first, second = (mfx.momentumize(Net(2, p=0.0), gamma, **velocity) for gamma in (0.9, 0.3))
+    both = nn.ModuleList([first, second])
+
+    def outer(x):
+        return first(x * 2) + second(x).sin()
+
+    x = rows()
+    net = torch.compile(outer, backend=recording, fullgraph=True)
+    assert relative_error(gradients(net, both, x), gradients(outer, both, x)) < 1e-10
+    assert len(chains(handed[0])) == 2
+
+
+def test_bytes_kept_do_not_grow_with_depth():
+    def kept(depth: int) -> int:
+        torch._dynamo.reset()
+        mm, x = mfx.momentumize(Net(depth), 0.9), rows(40)
+        net = torch.compile(mm, backend="aot_eager", fullgraph=True)
+        return kept_bytes(mm, [x], lambda: net(x))[0]
+
+    assert kept(8) <= kept(4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+def test_bytes_kept_are_those_of_the_plan(gamma, backend):
+    """A snapshot and what is recomputed from it are not merged with the forward, which would keep whole blocks."""
+    depth, width = 24, 16
+    model = nn.Sequential(*(Block(width, 0.1) for _ in range(depth)))
+    x = torch.randn(64, width)
+    net = torch.compile(model, backend=mfx.backend(gamma, backend), fullgraph=True)
+    planned = schedule((Momentum(gamma),) * depth, torch.float32, same_branches=False)
+    kept, _ = kept_bytes(model, [x], lambda: net(x))
+    state = x.numel() * x.element_size()
+    seed = 64
+    assert kept <= planned.bytes_an_element(depth) * x.numel() + state + seed
+    assert kept >= (planned.state_count(depth) - 1) * state
+
+
+def test_dynamo_captured_models_compile():
+    x = rows()
+    mm = mfx.momentumize(Net(2, p=0.0), 0.8, capture="dynamo", example_inputs=x)
+    net = torch.compile(mm, backend=recording, fullgraph=True)
+    assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-10
+
+
+class Broken(Net):
+    """A graph break between two blocks, while a compiler looks on."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break()
+        return self.head(self.blocks[1](x))
+
+
+def test_a_break_inside_is_an_error():
+    mm = mfx.momentumize(Broken(2, p=0.0), 0.9)
+    with pytest.raises(Exception, match="breaks the graph inside") as caught:
+        torch.compile(mm, backend="eager")(rows())
+    assert "momentumized" in str(caught.value)
+
+
+def test_breaks_around_the_model_do_no_harm():
+    mm, x = mfx.momentumize(Net(2, p=0.0), 0.9), rows()
+
+    def step(x):
+        x = x * 2
+        torch._dynamo.graph_break()
+        y = mm(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+    net = torch.compile(step, backend=recording)
+    assert relative_error(gradients(net, mm, x), gradients(step, mm, x)) < 1e-10
+    assert sum(len(chains(gm)) for gm in handed) == 1
+
+
+def test_inside_a_checkpoint_is_an_error():
+    mm = mfx.momentumize(Net(2, p=0.0), 0.9)
+
+    def step(x):
+        return torch.utils.checkpoint.checkpoint(mm, x, use_reentrant=False)
+
+    with pytest.raises(Exception, match="inside a higher-order operation"):
+        torch.compile(step, backend="eager", fullgraph=True)(rows())
+
+
+class SeesCompiler(Net):
+    """One block fewer while a compiler looks on."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        if not torch.compiler.is_dynamo_compiling():
+            x = self.blocks[1](x)
+        return self.head(x)
+
+
+def test_other_chains_under_the_compiler_are_an_error():
+    mm = mfx.momentumize(SeesCompiler(2, p=0.0), 0.9)
+    with pytest.raises(Exception, match=r"has the chains .*and else"):
+        torch.compile(mm, backend="eager", fullgraph=True)(rows())
+
+
+@pytest.mark.slow
+def test_inductor():
+    mm, x = mfx.momentumize(Net(2, p=0.0), 0.8), rows(3)
+    net = torch.compile(mm, fullgraph=True)
+    assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-10

@@ -1,0 +1,132 @@
+"""What must hold for any residual model, on models that Hypothesis makes up."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import torch
+from helpers import Result, assert_same, kept_bytes, run
+from hypothesis import given, note, reject, settings
+from hypothesis import strategies as st
+from strategies import Block, Model, Stage, blocks, build, gammas, inputs, models, set_mode
+from torch import nn
+
+import mfx
+from mfx.model.state import momentum_of
+
+
+class Learned(nn.Module):
+    """A velocity with one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(x) * self.scale
+
+
+fewer = settings(max_examples=settings.default.max_examples // 3)
+velocities = st.sampled_from(("zero", "first", lambda chain: Learned()))
+
+
+def momentumized(network: nn.Module, model: Model, **options) -> nn.Module:
+    """The momentum model, where nothing to rewrite is as good as something."""
+    if model.example:
+        options["example_inputs"] = inputs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mfx.NothingRewrittenWarning)
+        mm = mfx.momentumize(network, **options)
+    note(mfx.graph_of(mm).python_code("self").src)
+    return mm
+
+
+def run_if_possible(network: nn.Module, model: Model) -> Result:
+    """The result; what autograd itself refuses (an in-place write too many) is no example."""
+    try:
+        return run(network, *inputs(model))
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error) and "used in an in-place" not in str(error):
+            raise
+        reject()
+
+
+@given(models())
+def test_gamma_0_is_the_original_model_in_both_modes_whichever_was_captured(model):  # M1, M5
+    network = build(model)
+    mm = momentumized(network, model, gamma=0.0)
+    for training in (model.training, not model.training):
+        set_mode(network, model, training)
+        set_mode(mm, model, training)
+        expected = run_if_possible(network, model)
+        assert_same(run(mm, *inputs(model)), expected, 1e-10)
+
+
+@given(models(), gammas(), velocities)
+def test_reversible_gradients_are_those_of_the_stored_run(model, gamma, velocity):  # M2, M5, M6
+    network = build(model)
+    run_if_possible(network, model)
+    try:
+        reversible = momentumized(network, model, gamma=gamma, velocity=velocity)
+    except mfx.OptionError:  # no block of that name
+        reject()
+    stored = momentumized(network, model, gamma=gamma, velocity=velocity, reversible=False)
+    expected = run_if_possible(stored, model)
+    # A learned velocity asks for gradients in branches that the original may never have differentiated.
+    found = run_if_possible(reversible, model) if callable(velocity) else run(reversible, *inputs(model))
+    assert_same(found, expected, 1e-9)
+
+
+@fewer
+@given(models())
+def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
+    network = build(model)
+    plain = run_if_possible(network, model)
+    momentum = run(momentumized(network, model, gamma=0.7), *inputs(model))
+    assert torch.equal(momentum.generator_state, plain.generator_state)
+    counts = {name: count for name, count in plain.buffers.items() if name.endswith("num_batches_tracked")}
+    assert all(torch.equal(momentum.buffers[name], count) for name, count in counts.items())
+    assert {n for n, grad in momentum.grads.items() if grad is None} == {
+        n for n, grad in plain.grads.items() if grad is None
+    }
+
+
+@fewer
+@given(models(), gammas())
+def test_what_the_report_lists_is_rewritten_each_chain_into_one_node(model, gamma):
+    network = build(model)
+    try:
+        mm = momentumized(network, model, gamma=gamma)
+    except mfx.OptionError:
+        reject()
+    graph, chains = mfx.graph_of(mm), momentum_of(mm).chains
+    graph.lint()
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.name.startswith("momentum_")]
+    assert [node.target.__name__ for node in nodes] == [f"momentum_{index}" for index in range(len(chains))]
+    report = mfx.report(network, inputs(model) if model.example else None, gamma=gamma)
+    assert sorted(report.rewritable) == sorted(name for chain in chains for name in chain)
+
+
+def grows(block: Block) -> bool:
+    """Whether each block hands something out."""
+    return bool(block.tap or block.returned or block.side == "earlier state")
+
+
+@fewer
+@given(blocks(0).filter(lambda block: not grows(block)), st.booleans())
+def test_the_bytes_kept_do_not_grow_with_depth(block, training):  # M3
+    kept = []
+    for depth in (6, 96):
+        model = Model((Stage((replace(block, again=False),) * depth),), training=training)
+        network = build(model)
+        run_if_possible(network, model)
+        mm = momentumized(network, model, gamma=0.9)
+        assert [len(chain) for chain in momentum_of(mm).chains] == [depth]
+        kept.append(kept_bytes(mm, *inputs(model)))
+    assert kept[0] == kept[1]
+
+
+def test_the_simplest_model_is_one_block():
+    model = Model((Stage((Block(),)),))
+    assert momentum_of(mfx.momentumize(build(model))).chains == (("stages.0.blocks.0",),)
