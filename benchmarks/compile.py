@@ -19,7 +19,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
-from mfx import kept_bytes
 
 
 class Block(nn.Module):
@@ -63,7 +62,9 @@ def measure(depth: int, options: argparse.Namespace) -> list[object]:
         ratios.append(seconds[1] / seconds[0])
     low, middle, high = statistics.quantiles(ratios[2:], n=4)
     models = (plain, pure)
-    kept = [kept_bytes(model, [x], lambda net=net: net(x))[0] / 2**20 for model, net in zip(models, nets, strict=True)]
+    kept = [
+        mfx.kept_bytes(model, [x], lambda net=net: net(x))[0] / 2**20 for model, net in zip(models, nets, strict=True)
+    ]
     times = f"{compiling[0]:.1f}", f"{compiling[1]:.1f}", f"{compiling[1] / compiling[0]:.2f}"
     return [depth, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{kept[0]:.2f}", f"{kept[1]:.2f}", *times]
 

@@ -20,7 +20,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
-from mfx import kept_bytes
 
 
 class TransformerBlock(nn.Module):
@@ -86,7 +85,7 @@ def measure(name: str, model: nn.Module, x: Tensor, rounds: int) -> list[object]
         run()
     ratios = [seconds(steps[0]) / seconds(steps[1]) for _ in range(rounds)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    kept = [kept_bytes(mm, [x], lambda mm=mm: mm(x))[0] / 2**20 for mm in (stored, reversible)]
+    kept = [mfx.kept_bytes(mm, [x], lambda mm=mm: mm(x))[0] / 2**20 for mm in (stored, reversible)]
     return [name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{kept[0]:.1f}", f"{kept[1]:.1f}"]
 
 

@@ -28,7 +28,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
-from mfx import kept_bytes
 from mfx.model.state import momentum_of
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
@@ -77,7 +76,9 @@ def of_mfx(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[str, Any
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrong = error(gradient(reversible, x), gradient(stored, x))
-    share = kept_bytes(reversible, [x], lambda: reversible(x))[0] / kept_bytes(stored, [x], lambda: stored(x))[0]
+    share = (
+        mfx.kept_bytes(reversible, [x], lambda: reversible(x))[0] / mfx.kept_bytes(stored, [x], lambda: stored(x))[0]
+    )
     (spec,) = momentum_of(reversible).latest()
     plan = spec.schedule(x.dtype)
     count = plan.state_count(len(functions))
@@ -98,7 +99,7 @@ def of_momentumnet(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[
         own = [copy.deepcopy(f) for f in functions]
         network = momentumnet.MomentumNet(own, gamma=gamma, use_backprop=stored)
         try:
-            size, output = kept_bytes(network, [x], lambda network=network: network(x))
+            size, output = mfx.kept_bytes(network, [x], lambda network=network: network(x))
             found = torch.autograd.grad(output.square().mean(), list(network.parameters()))
         except Exception as reason:
             return {"momentumnet error": f"raises {type(reason).__name__}", "its memory": ""}

@@ -35,7 +35,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 import mfx
-from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -132,7 +131,7 @@ def compare(seeds: int, epochs: int, depth: int) -> dict[str, Results]:
 def kept(model: nn.Module, images: Tensor) -> int:
     """Bytes that a training forward keeps for backward; of a copy, because it moves the batch norm's statistics."""
     twin = copy.deepcopy(model).train()
-    return kept_bytes(twin, [images], lambda: twin(images))[0]
+    return mfx.kept_bytes(twin, [images], lambda: twin(images))[0]
 
 
 def distance_in_float64(epochs: int, depth: int) -> float:

@@ -23,7 +23,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mfx
-from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -66,7 +65,7 @@ MODELS = {"ResNet-101": resnet, "nn.Transformer": transformer, "ViT": vision_tra
 
 def kept(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
     """MiB that one training forward keeps for backward, parameters and inputs aside."""
-    return kept_bytes(model, list(inputs), lambda: model(*inputs))[0] / 2**20
+    return mfx.kept_bytes(model, list(inputs), lambda: model(*inputs))[0] / 2**20
 
 
 def same_at_zero(model: nn.Module, inputs: tuple[Tensor, ...], convert: Any) -> float:

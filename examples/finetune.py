@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import mfx
-from mfx import kept_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -97,7 +96,7 @@ class Run:
     def step(self, words: Tensor, mask: Tensor, labels: Tensor) -> None:
         """One training step."""
         start = time.perf_counter()
-        kept, logits = kept_bytes(self.model.train(), [words, mask], lambda: self.model(words, mask))
+        kept, logits = mfx.kept_bytes(self.model.train(), [words, mask], lambda: self.model(words, mask))
         loss = cross_entropy(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ the memory figure of Sander, Ablin, Blondel and Peyré, "Momentum Residual Neura
 - reversible: `mfx.MomentumNet(..., use_backprop=False)`, which keeps the last state and steps back from it.
 
 Two numbers are measured. The bytes kept for backward are those of the tensors that autograd holds when the
-forward has ended (`mfx.memory.kept_bytes`). The peak of a whole training step is the largest sum of bytes in all
+forward has ended (`mfx.kept_bytes`). The peak of a whole training step is the largest sum of bytes in all
 tensor storages that are alive after any operation of forward and backward: a dispatch mode sees every operation,
 weak references tell when a storage is gone. It equals what the profiler counts, and the growth of the resident set
 under an allocator that returns every block (glibc with MALLOC_MMAP_THRESHOLD_=65536). Parameters and the input are
@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import mfx
-from mfx import kept_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,7 +101,7 @@ def gradients(net: nn.Module, x: Tensor) -> Tensor:
 
 def measure(net: nn.Module, x: Tensor) -> tuple[float, float]:
     """MiB kept for backward, and MiB at the peak of forward and backward."""
-    kept, loss = kept_bytes(net, [x], loss_of(net, x))
+    kept, loss = mfx.kept_bytes(net, [x], loss_of(net, x))
     del loss
     with PeakBytes() as memory:
         gradients(net, x)

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mfx
-from mfx import kept_bytes
 
 
 class Block(nn.Module):
@@ -106,7 +105,7 @@ def saved_bytes(model: nn.Module, data: TensorDataset) -> int:
     """Bytes that a training forward keeps for backward, parameters and buffers aside."""
     images, labels = data[:64]
     model.train()
-    size, _ = kept_bytes(model, [images, labels], lambda: cross_entropy(model(images), labels))
+    size, _ = mfx.kept_bytes(model, [images, labels], lambda: cross_entropy(model(images), labels))
     return size
 
 

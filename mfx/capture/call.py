@@ -70,6 +70,10 @@ class Form:
         numbers = all(type(mine) is type(theirs) and type(mine) in _NUMBERS for _, mine, theirs in other)
         return tuple(place for place, _, _ in other) if numbers else ()
 
+    def numbers(self) -> tuple[int, ...]:
+        """The places of the numbers that are inputs."""
+        return tuple(place for place, leaf in enumerate(self.leaves) if isinstance(leaf, _Input) and leaf is not TENSOR)
+
     def with_inputs(self, places: Iterable[int]) -> Form:
         """The form with the numbers at ``places`` as inputs."""
         chosen = set(places)

@@ -113,30 +113,33 @@ def with_sizes(captured: SymbolicCapture, model: nn.Module, call: Call) -> Symbo
     return replace(captured, sizes=propagate_shapes(captured.graph, model, captured.form.inputs(call)))
 
 
+def varied(known: Iterable[Captured], model: nn.Module, call: Call) -> tuple[int, ...]:
+    """The places of the numbers that are all by which ``call`` differs from one of the captures so far; none else."""
+    for captured in known:
+        if isinstance(captured, SymbolicCapture) and captured.grad == torch.is_grad_enabled():
+            places = captured.form.varied(call)
+            if places and captured.guards.hold(model):
+                return (*captured.form.numbers(), *places)
+    return ()
+
+
 def capture_general(
-    model: nn.Module, forward: Any, call: Call, named: Named, known: Iterable[Captured]
+    model: nn.Module, forward: Any, call: Call, places: tuple[int, ...], named: Named
 ) -> SymbolicCapture | None:
-    """A capture for ``call`` and all that differ from it in a number that is seen to vary; None where there is none.
+    """A capture for ``call`` with any number at ``places``; None where Python decides by these numbers.
 
     Args:
         model, forward, named: as for :func:`capture_symbolic`.
-        call: the new call.
-        known: the captures so far.
+        call: a call.
+        places: of its leaves, those to be inputs.
     """
-    for captured in known:
-        if not isinstance(captured, SymbolicCapture) or captured.grad != torch.is_grad_enabled():
-            continue
-        places = captured.form.varied(call)
-        if not places or not captured.guards.hold(model):
-            continue
-        form = captured.form.with_inputs(places)
-        try:
-            general = capture_symbolic(model, forward, form, named)
-            alone = capture_symbolic(model, forward, call.form, named)
-        except CaptureError:
-            return None
-        return general if same_computation(general.graph, alone.graph, form.inputs(call)) else None
-    return None
+    form = call.form.with_inputs(places)
+    try:
+        general = capture_symbolic(model, forward, form, named)
+    except CaptureError:
+        return None
+    alone = capture_symbolic(model, forward, call.form, named)
+    return general if same_computation(general.graph, alone.graph, form.inputs(call)) else None
 
 
 def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:

@@ -6,6 +6,7 @@ device and hold no memory; so inputs of any size cost nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -48,12 +49,16 @@ class Fake:
             if tensor is not None
         ]
         fakes = {id(tensor): self._twin(tensor) for _, _, tensor in held}
+        # torch logs what it raises; whoever catches it here says it in words of the model.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        silent, log.disabled = log.disabled, True
         try:
             for table, name, tensor in held:
                 table[name] = fakes[id(tensor)]
             with self.mode, torch.random.fork_rng(devices=[]):
                 yield
         finally:
+            log.disabled = silent
             for table, name, tensor in held:
                 table[name] = tensor
 

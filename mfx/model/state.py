@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules
-from mfx.capture.symbolic import SymbolicCapture, capture_general, with_sizes
+from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.compile.inside import new_token
 from mfx.errors import CaptureError, HookWarning, InputTypeError, MfxError, PlanChangedError
 from mfx.graph.notes import ADDED, STATE
@@ -47,6 +47,7 @@ class Momentum:
     """What makes a model a momentumized one.
 
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
+    ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`).
     """
 
@@ -56,11 +57,12 @@ class Momentum:
         self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
         self.entries: list[Entry] = []
+        self.decisive: set[Any] = set()
         self.hooked: set[str] = set()
         self.token = new_token()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": []}
+        return {**self.__dict__, "entries": [], "decisive": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, token=new_token())
@@ -170,11 +172,13 @@ class Momentum:
         def passed(captured: SymbolicCapture) -> Entry:
             return self._pass(root, with_sizes(captured, root, call) if self.options.shapes else captured)
 
-        general = capture_general(root, forward, call, named, [entry.captured for entry in self.entries])
-        if general is not None:
-            entry = passed(general)
-            if entry.passed.plan.names == self.chains:
+        places = varied((entry.captured for entry in self.entries), root, call)
+        if places and (call.spec, places) not in self.decisive:
+            general = capture_general(root, forward, call, places, named)
+            entry = None if general is None else passed(general)
+            if entry is not None and entry.passed.plan.names == self.chains:
                 return self._add(entry)
+            self.decisive.add((call.spec, places))
         return self._add(passed(capture_symbolic(root, forward, call.form, named)))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:

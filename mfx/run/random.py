@@ -81,6 +81,7 @@ class Counted(TorchFunctionMode):
 class Refuse(TorchDispatchMode):
     """Raises where an operation draws from a generator."""
 
+    # Read by torch: a mode without it is not let through operations that hold graphs (flex attention, checkpoint).
     supports_higher_order_operators = True
 
     def __init__(self, block: str) -> None:
