@@ -84,10 +84,7 @@ def report(
     if inputs is not None and not sizes:
         sizes = propagate_shapes(entry.captured.graph, model, inputs)
     seen = _Seen(entry.passed.found, entry.passed.plan, sizes)
-    rows = [_momentum_row(chain, block, seen) for chain in seen.plan.chains for block in chain.blocks]
-    rows += [_kept_row(rejection, seen) for rejection in seen.plan.rejections]
-    order = {name: index for index, name in enumerate(_names_in_order(seen.found))}
-    rows.sort(key=lambda row: order[row.name])
+    rows = _rows(seen)
     memory = None
     if sizes and inputs is not None:
         memory = Memory(sum(sizes.values()), Fake(mm, inputs).kept_bytes(entry.passed.rewritten.run))
@@ -102,6 +99,14 @@ class _Seen:
     found: Found
     plan: Plan
     sizes: Mapping[fx.Node, int]
+
+
+def _rows(seen: _Seen) -> list[Row]:
+    """A row for each residual add, in order of execution."""
+    rows = [_momentum_row(chain, block, seen) for chain in seen.plan.chains for block in chain.blocks]
+    rows += [_kept_row(rejection, seen) for rejection in seen.plan.rejections]
+    order = {name: index for index, name in enumerate(_names_in_order(seen.found))}
+    return sorted(rows, key=lambda row: order[row.name])
 
 
 def _names_in_order(found: Found) -> list[str]:
