@@ -32,7 +32,7 @@ class Options:
     """The options of one rewriting; see :func:`mfx.momentumize` for their meaning.
 
     ``kind`` and ``only_whole`` say what the named modules are, and whether there are other blocks (:mod:`mfx.find`);
-    ``shapes`` whether shapes are known when planning.
+    ``shapes`` whether shapes are known when planning; ``checked`` that each pattern has matched some block before.
     """
 
     gamma: float | tuple[tuple[str, float], ...] = 0.9
@@ -47,6 +47,7 @@ class Options:
     shapes: bool = False
     kind: str = "wrapped"
     only_whole: bool = False
+    checked: bool = False
 
     def named(self, paths: Iterable[str]) -> list[str]:
         """Those of the module ``paths`` that ``modules`` names."""

@@ -8,7 +8,8 @@ of it) brings a graph with its notes and the form that it is in (:mod:`mfx.rewri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
@@ -19,6 +20,21 @@ from mfx.find.named import own_add
 from mfx.options import Options
 from mfx.plan import Plan, plan, with_options
 from mfx.rewrite import Binding, Rewritten, rewrite, with_rules
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a graph's module stands in the model that blocks and chains are named in.
+
+    ``prefix`` is its path, ``numbers`` are those of its chains there, by the name of the first block.
+    """
+
+    prefix: str = ""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+
+WHOLE = Place()
+"""The model itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +52,12 @@ class Passed:
 
 
 def momentumize_graph(
-    graph: fx.Graph, holder: nn.Module, options: Options, binding: Binding, model: nn.Module | None = None
+    graph: fx.Graph,
+    holder: nn.Module,
+    options: Options,
+    binding: Binding,
+    model: nn.Module | None = None,
+    place: Place = WHOLE,
 ) -> Passed:
     """find -> plan -> rewrite for a graph with notes, which is left as it is.
 
@@ -45,13 +66,14 @@ def momentumize_graph(
         holder: the module that its names are relative to.
         options: what to rewrite.
         binding: the form that the graph is in.
-        model: where it is not ``holder``, the model that the options' modules are named in.
+        model: where it is not ``holder``, the module that was captured.
+        place: where that stands in the model that the options are about.
 
     Raises:
         OptionError: an option names what is not there, or a layer that cannot be rewritten.
     """
-    found = find(graph, holder, kind=options.kind, only_whole=options.only_whole)
-    planned = plan(found, options)
+    found = find(graph, holder, kind=options.kind, only_whole=options.only_whole, prefix=place.prefix)
+    planned = plan(found, options, place.numbers)
     _require_named(holder if model is None else model, found, planned)
     return Passed(found, planned, rewrite(found, planned, binding))
 

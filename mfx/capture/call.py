@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import fx
 
 from mfx.errors import CaptureError, InputTypeError
 from mfx.torch_versions import pytree
@@ -125,6 +126,12 @@ def as_call(example_inputs: Any) -> Call:
         f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
         f"not {type(example_inputs).__name__}"
     )
+
+
+def call_form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+    """The form of a call with symbolic values in it, which stand for tensors."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    return Form(tuple(TENSOR if isinstance(leaf, fx.Proxy) else leaf for leaf in flat), spec)
 
 
 def default_form(forward: Any) -> Form:

@@ -17,7 +17,8 @@ class Captured(Protocol):
 
     ``graph`` is relative to the root module (parameters, buffers and modules by path) and carries the notes of
     :mod:`mfx.graph.notes`; ``sizes`` are the bytes that its nodes keep for backward, as far as they were measured;
-    ``hooked`` the paths of modules whose hooks the graph does not run.
+    ``hooked`` the paths of modules whose hooks the graph does not run; ``calls`` how often the forward of each module
+    that became part of the graph ran, by path.
     """
 
     @property
@@ -25,6 +26,9 @@ class Captured(Protocol):
 
     @property
     def sizes(self) -> Mapping[fx.Node, int]: ...
+
+    @property
+    def calls(self) -> Mapping[str, int]: ...
 
     @property
     def hooked(self) -> tuple[str, ...]: ...

@@ -60,6 +60,7 @@ class DynamoCapture:
     manager: Any = field(repr=False)
     replay: Run = field(repr=False)
     running: list[Run] = field(repr=False)
+    calls: Mapping[str, int] = field(default_factory=dict)
     hooked: tuple[str, ...] = ()
     sizes: Mapping[fx.Node, int] = field(default_factory=dict)
 
@@ -132,7 +133,7 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
         except Exception as error:
             raise _explain(error, root) from error
     gm = output.backend_input.graph_module
-    kinds = _mark(gm, output, root, frame)
+    kinds, calls = _mark(gm, output, root, frame)
     graph, taken = _relative(gm, kinds)
     drop_dead(graph, root)
     graph.lint()
@@ -140,7 +141,7 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
     # Dynamo's bytecode runs with globals of its own; in torch 2.11 they lack the builtins it refers to.
     scope = {**vars(builtins), **output.graph_capture_output.f_globals}
     replay = output.forward_callable(compiled_fn=lambda *values: running[-1](*values), extra_globals=scope)
-    return DynamoCapture(graph, taken, forward, manager, replay, running)
+    return DynamoCapture(graph, taken, forward, manager, replay, running, calls)
 
 
 def _frame(root: nn.Module, forward: Any, call: Call) -> Any:
@@ -152,8 +153,13 @@ def _frame(root: nn.Module, forward: Any, call: Call) -> Any:
         raise
 
 
-def _mark(gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any) -> dict[fx.Node, tuple[str, str]]:
-    """Note on the nodes what planning needs; gives kind and path of the placeholders that are the model's own."""
+def _mark(
+    gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any
+) -> tuple[dict[fx.Node, tuple[str, str]], dict[str, int]]:
+    """Note on the nodes what planning needs.
+
+    Gives kind and path of the placeholders that are the model's own, and how often each module ran.
+    """
     owned = {id(tensor): ("buffer", path) for path, tensor in reversed(list(root.named_buffers()))}
     owned.update({id(tensor): ("parameter", path) for path, tensor in reversed(list(root.named_parameters()))})
     known = output.graph_capture_output.output_graph.export_metadata.graph_input_idx_to_local_source
@@ -168,10 +174,10 @@ def _mark(gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any) -> dict[
             lifted[node] = kinds[node][0]
         elif not isinstance(node.meta.get("example_value"), torch.Tensor):
             lifted[node] = "number"
-    mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
+    calls = mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
     for node in gm.graph.nodes:
         note_shape(node)
-    return kinds
+    return kinds, calls
 
 
 def _evaluate(source: Any, scope: dict[str, Any]) -> Any:

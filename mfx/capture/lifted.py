@@ -109,8 +109,8 @@ def _names_in_scope() -> dict[str, dict[str, Any]]:
     return {"L": dict(output.local_scope), "G": dict(output.global_scope)}
 
 
-def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, str]) -> None:
-    """Note on each node what planning needs.
+def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, str]) -> dict[str, int]:
+    """Note on each node what planning needs; gives how often each module's forward ran, by path.
 
     Args:
         graph: a graph of torch-level operations with ``nn_module_stack`` in its nodes' meta.
@@ -127,6 +127,7 @@ def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, st
     for node in graph.nodes:
         left = {scope for scope in stacks[node] for user in node.users if scope not in stacks[user]}
         node.meta[RETURNED] = left
+    return {path: len(chains) for path, chains in calls.items()}
 
 
 def _scopes(

@@ -24,13 +24,18 @@ MODULES = "_mfx_modules"
 """The attribute of Dynamo's output graph for the paths of the modules to be marked, by id."""
 
 
-def named_modules(model: nn.Module, options: Options) -> dict[int, str]:
-    """The path of each module that ``options`` name to be taken whole, by its id."""
+def named_modules(model: nn.Module, options: Options, prefix: str = "") -> dict[int, str]:
+    """The path of each module that ``options`` name to be taken whole, by its id.
+
+    ``prefix`` is the path of ``model`` in the model that the options are about; paths are relative to ``model``.
+    """
     if not options.modules:
         return {}
-    paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
-    check_patterns("modules", options.modules, paths, "module")
-    return {id(paths[path]): path for path in reversed(options.named(paths))}
+    start = f"{prefix}." if prefix else ""
+    paths = {f"{start}{path}": module for path, module in model.named_modules(remove_duplicate=False) if path}
+    if not options.checked:
+        check_patterns("modules", options.modules, paths, "module")
+    return {id(paths[path]): path.removeprefix(start) for path in reversed(options.named(paths))}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mfx.capture.call import Call, Form
+from mfx.capture.call import Call, Form, call_form
 from mfx.capture.captured import Captured, Run
 from mfx.capture.frozen import (
     Guards,
@@ -49,7 +49,8 @@ class SymbolicCapture:
     """A model's computation for calls of one form; a :class:`mfx.capture.captured.Captured`.
 
     ``graph`` takes the call's inputs in order and returns the flat outputs; ``out_spec`` rebuilds the model's output
-    from them.  ``entered`` are the modules, by path, whose calls became part of the graph.
+    from them.  ``entered`` are the modules, by path, whose calls became part of the graph; ``forms`` those of the calls
+    of momentumized modules in it.
     """
 
     graph: fx.Graph
@@ -58,6 +59,8 @@ class SymbolicCapture:
     guards: Guards
     out_spec: pytree.TreeSpec
     entered: tuple[tuple[str, nn.Module], ...]
+    calls: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
     sizes: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
@@ -105,7 +108,9 @@ def capture_symbolic(
     drop_dead(graph, model)
     graph.lint()
     entered = tuple((path, module) for path, module in tracer.entered.items() if path)
-    return SymbolicCapture(graph, form, torch.is_grad_enabled(), Guards.of(tracer), specs[0], entered)
+    forms = {path: call_form(args, kwargs) for path, (args, kwargs) in tracer.momentumized.items()}
+    guards = Guards.of(tracer)
+    return SymbolicCapture(graph, form, torch.is_grad_enabled(), guards, specs[0], entered, tracer.calls, forms)
 
 
 def with_sizes(captured: SymbolicCapture, model: nn.Module, call: Call) -> SymbolicCapture:

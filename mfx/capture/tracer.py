@@ -82,7 +82,8 @@ class Tracer(fx.Tracer):
         self.failed_in: Scope | None = None
         self.entered: dict[str, nn.Module] = {}
         self.called: dict[str, nn.Module] = {}
-        self._calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.momentumized: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._numbers = count()
         self._constants: dict[int, Constant] = {}
         self._paths: dict[int, str] = {}
@@ -112,12 +113,14 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             self.called[path] = m
+            if STATE in m.__dict__:
+                self.momentumized[path] = args, kwargs
             proxy = self.create_proxy("call_module", path, args, kwargs)
             if id(m) in self.named and proxy.node.all_input_nodes:
                 mark_call(next(self._numbers), self.named[id(m)], proxy.node.all_input_nodes[0], proxy.node)
             return proxy
-        outer, self.current = self.current, Scope(path, self._calls[path])
-        self._calls[path] += 1
+        outer, self.current = self.current, Scope(path, self.calls[path])
+        self.calls[path] += 1
         self.entered[path] = m
         try:
             value = m.forward(*args, **kwargs)

@@ -33,7 +33,7 @@ from mfx.errors import CompileError, PlanChangedError
 from mfx.graph.notes import REGION
 from mfx.graph.splice import join, part
 from mfx.options import Options
-from mfx.pipeline import momentumize_graph
+from mfx.pipeline import Place, momentumize_graph
 from mfx.rewrite import Lifted, Velocity
 
 _REGIONS = "_mfx_regions"
@@ -48,6 +48,7 @@ class Traceable(Protocol):
 
     options: Options
     token: str
+    place: Place
 
     def expected(self) -> tuple[tuple[str, ...], ...] | None:
         """The names of each chain's blocks, where they are known."""
@@ -147,7 +148,7 @@ def _enter(context: Any) -> None:
     regions.open = _Region(root, momentum, set(output.graph.nodes))
     teach()
     pass_by_masks(root)
-    output.__dict__[MODULES] = named_modules(root, momentum.options)
+    output.__dict__[MODULES] = named_modules(root, momentum.options, momentum.place.prefix)
 
 
 def _start(context: Any) -> None:
@@ -216,7 +217,8 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
         for node in inner.graph.nodes:
             note_shape(node)
     binding = Lifted(inner, _velocities(region, [inputs[node] for node in velocities]))
-    passed = momentumize_graph(inner.graph, inner, region.momentum.options, binding, region.root)
+    momentum = region.momentum
+    passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, momentum.place)
     warn_of_stored(passed.plan)
     expected = region.momentum.expected()
     if expected is not None and passed.plan.names != expected:

@@ -45,7 +45,9 @@ class Found:
     rejections: tuple[Rejection, ...]
 
 
-def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole: bool = False) -> Found:
+def find(
+    graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole: bool = False, prefix: str = ""
+) -> Found:
     """The blocks of ``graph``.
 
     Args:
@@ -54,6 +56,7 @@ def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole:
         kind: what these calls are: ``"wrapped"`` blocks, or ``"branch"``, the branch of a residual add that the graph
             has or that is to be put in.
         only_whole: leave everything else as it is.
+        prefix: the path of ``root`` in the model that blocks are named in.
     """
     calls = calls_of(graph)
     flow = analyse(graph, root, {call.value: call.x for call in calls})
@@ -66,8 +69,8 @@ def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole:
         elif node in flow.adds and not only_whole and node not in covered:
             match = match_add(flow, node, flow.adds[node])
             matches += [match] if match is not None else []
-    matches = wrap(flow, take_in(flow, matches))
-    names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)})
+    matches = wrap(flow, take_in(flow, matches), part=bool(prefix))
+    names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)}, prefix)
     named = [replace(match, name=name) for match, name in zip(matches, names, strict=True)]
     return Found(
         flow,
@@ -76,9 +79,9 @@ def find(graph: fx.Graph, root: nn.Module, *, kind: str = "wrapped", only_whole:
     )
 
 
-def _names(matches: list[Block | Rejection], whole: Mapping[fx.Node, str]) -> list[str]:
+def _names(matches: list[Block | Rejection], whole: Mapping[fx.Node, str], prefix: str) -> list[str]:
     """Module path of each residual add, with ``#k`` where one module runs several or at the root."""
-    paths = [_path(match, whole) for match in matches]
+    paths = [".".join(filter(None, (prefix, _path(match, whole)))) for match in matches]
     total = Counter(paths)
     seen: Counter[str] = Counter()
     names = []

@@ -11,14 +11,17 @@ from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import RETURNED, SCOPE, SHAPE, Scope
 
 
-def wrap(flow: Dataflow, matches: list[Block | Rejection]) -> list[Block | Rejection]:
-    """Let each residual block take in the operations after its add that belong to it."""
+def wrap(flow: Dataflow, matches: list[Block | Rejection], part: bool = False) -> list[Block | Rejection]:
+    """Let each residual block take in the operations after its add that belong to it.
+
+    ``part`` says that the graph is that of a module inside a model, so that what it returns is not the model's output.
+    """
     skips = {match.skip for match in matches if isinstance(match, Block)}
     ends: dict[fx.Node, Block] = {}
     wrapped: list[Block | Rejection] = []
     for match in matches:
         if isinstance(match, Block) and match.kind == "residual":
-            tail = _tail(flow, match, skips, ends.get(match.skip))
+            tail = _tail(flow, match, skips, ends.get(match.skip), part)
             if tail:
                 nodes = (match.output, *tail)
                 grown = collect(flow, "wrapped", match.skip, tail[-1], tail[-1], nodes, 1.0, match.written)
@@ -30,7 +33,7 @@ def wrap(flow: Dataflow, matches: list[Block | Rejection]) -> list[Block | Rejec
     return wrapped
 
 
-def _tail(flow: Dataflow, block: Block, skips: set[fx.Node], before: Block | None) -> tuple[fx.Node, ...]:
+def _tail(flow: Dataflow, block: Block, skips: set[fx.Node], before: Block | None, part: bool) -> tuple[fx.Node, ...]:
     """The operations ``h`` after the add that belong to the block; empty where there are none."""
     path = _single_path(flow, block)
     scope: Scope = block.output.meta[SCOPE]
@@ -43,11 +46,18 @@ def _tail(flow: Dataflow, block: Block, skips: set[fx.Node], before: Block | Non
         repeated = [_operation(flow, node) for node in before.tail[1:]]
         if [_operation(flow, node) for node in path[: len(repeated)]] == repeated:
             return tuple(path[: len(repeated)])
-    if scope.path:
+    if scope.path or part:
         for length in range(len(path), 0, -1):
-            if scope in path[length - 1].meta.get(RETURNED, ()):
+            if _is_returned(path[length - 1], scope):
                 return tuple(path[:length])
     return ()
+
+
+def _is_returned(node: fx.Node, scope: Scope) -> bool:
+    """Whether the forward that runs in ``scope`` returns the node's value."""
+    if not scope.path:
+        return any(user.op == "output" for user in node.users)
+    return scope in node.meta.get(RETURNED, ())
 
 
 def _single_path(flow: Dataflow, block: Block) -> list[fx.Node]:

@@ -12,6 +12,8 @@ from torch import fx, nn
 from mfx.errors import CaptureError, InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.graph.notes import ADDED, STATE
 from mfx.model.generated import shallow_copy
+from mfx.model.owners import with_shells
+from mfx.model.parts import parts_of
 from mfx.model.state import Entry, Momentum, momentum_of
 from mfx.options import Gamma, Options, Patterns, Velocity, make_options
 
@@ -93,14 +95,20 @@ def momentumize(
         tolerance=tolerance,
         capture=capture,
     )
-    mm, entry = convert(model, options, example_inputs)
-    momentum_of(mm).warn_of_hooks(entry, stacklevel=2)
+    whole, entry = capture_whole(model, options, example_inputs)
     _warn_if_nothing(entry, type(model).__name__)
+    mm = None
+    if not callable(options.velocity):
+        mm = with_shells(model, entry, whole.__dict__[STATE].options, example_inputs)
+    mm = whole if mm is None else mm
+    for part in parts_of(mm).values():
+        if isinstance(part, Momentum):
+            part.warn_of_hooks(part.latest_entry(), stacklevel=2)
     return mm
 
 
-def convert(model: Model, options: Options, example_inputs: Any) -> tuple[Model, Entry]:
-    """The momentumized model for ``options``, and its first graph."""
+def capture_whole(model: Model, options: Options, example_inputs: Any) -> tuple[Model, Entry]:
+    """The model captured whole and momentumized with ``options``, and its first graph."""
     check_model(model)
     momentum = Momentum(type(model), replace(options, shapes=example_inputs is not None))
     mm = shallow_copy(model, momentum)
@@ -128,7 +136,8 @@ def check_model(model: Any) -> None:
     """Refuse what is not a plain module."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if STATE in model.__dict__:
+    sides = ((path, module.__dict__.get(STATE)) for path, module in model.named_modules())
+    if any(side is not None and side.place.prefix == path for path, side in sides):
         raise OptionError("model is momentumized already: give the original, or use mfx.set_gamma to change gamma")
     if "forward" in model.__dict__:
         raise InputTypeError(

@@ -14,21 +14,29 @@ import torch
 from torch import nn
 
 from mfx.compile.inside import traced
+from mfx.errors import InputTypeError
 from mfx.graph.notes import STATE
 from mfx.model.state import Momentum
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def shallow_copy(model: Model, momentum: Momentum) -> Model:
-    """The model with its own tables of children, parameters and buffers, and the generated class."""
+def copied(model: Model) -> Model:
+    """The model with its own tables of children, parameters, buffers and hooks; what they hold is shared."""
     mm = copy.copy(model)
-    mm.__class__ = _momentum_class(type(model))
     state = dict(model.__dict__)
     for table, entries in state.items():
         if table.startswith("_") and isinstance(entries, (dict, set)):
             state[table] = copy.copy(entries)
-    mm.__dict__ = {**state, STATE: momentum}
+    mm.__dict__ = state
+    return mm
+
+
+def shallow_copy(model: Model, momentum: Momentum) -> Model:
+    """The same, of the generated class and with its momentum side."""
+    mm = copied(model)
+    mm.__class__ = _momentum_class(type(model))
+    mm.__dict__[STATE] = momentum
     return mm
 
 
@@ -38,6 +46,11 @@ def _momentum_class(original: type[nn.Module]) -> type[Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return traced(self, getattr(self, STATE), original.forward, args, kwargs)
+        if STATE not in self.__dict__:
+            raise InputTypeError(
+                f"this {original.__name__} was made from the class of a momentumized one (a slice of it, "
+                "type(mm)(...)) and has no momentum side: momentumize it, or use the class of the original"
+            )
         return self.__dict__[STATE].call(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

@@ -15,11 +15,15 @@ from torch import nn
 from mfx.errors import InputTypeError, OptionError
 from mfx.graph.notes import STATE
 from mfx.options import Gamma, check_gamma, gamma_of
+from mfx.pipeline import Place
 from mfx.run import ChainSpec
 
 
 class Part(Protocol):
-    """The momentum side of one module."""
+    """The momentum side of one module; ``place`` says where the module stands in the model that blocks are named in."""
+
+    @property
+    def place(self) -> Place: ...
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten, as far as the module has been captured."""
@@ -86,9 +90,17 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
         part.set_gamma(_within(path, part, checked) if path and isinstance(checked, tuple) else gamma)
 
 
+def _base(path: str, part: Part) -> str:
+    """What comes before the names that a part gives, which begin at the model that it was made in."""
+    prefix = part.place.prefix
+    if not prefix or not (path == prefix or path.endswith(f".{prefix}")):
+        return f"{path}." if path and not prefix else ""
+    return path.removesuffix(prefix)
+
+
 def _full(path: str, part: Part) -> list[str]:
     """The names of a part's blocks in the whole model."""
-    return [f"{path}.{name}" if path else name for name in part.blocks()]
+    return [f"{_base(path, part)}{name}" for name in part.blocks()]
 
 
 def _within(path: str, part: Part, gamma: tuple[tuple[str, float], ...]) -> dict[str, float]:
@@ -124,7 +136,7 @@ def drift(mm: nn.Module) -> dict[str, float]:
         for chain in part.specs():
             chain.drift.poll(wait=True)
             value = chain.drift.value
-            name = f"{path}.{chain.name}" if path else chain.name
+            name = f"{_base(path, part)}{chain.name}"
             if value is not None:
                 found[name] = max(value, found.get(name, value))
     return found

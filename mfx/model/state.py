@@ -10,21 +10,23 @@ Known limits: forward hooks on modules that the capture entered do not run (a wa
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules
+from mfx.capture.call import Form
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.compile.inside import new_token
-from mfx.errors import CaptureError, HookWarning, InputTypeError, MfxError, PlanChangedError
-from mfx.graph.notes import ADDED, STATE
-from mfx.model.parts import refuse_replica
+from mfx.errors import CaptureError, HookWarning, InputTypeError, MfxError, OptionError, PlanChangedError
+from mfx.graph.notes import ADDED
+from mfx.model.parts import parts_of, refuse_replica
 from mfx.options import Gamma, Options, check_gamma
-from mfx.pipeline import Passed, momentumize_graph
+from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
 
@@ -51,14 +53,16 @@ class Momentum:
     ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`).
     """
 
-    def __init__(self, original: type[nn.Module], options: Options) -> None:
+    def __init__(self, original: type[nn.Module], options: Options, place: Place = WHOLE) -> None:
         self.original = original
         self.options = options
+        self.place = place
         self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
         self.entries: list[Entry] = []
         self.decisive: set[Any] = set()
         self.hooked: set[str] = set()
+        self.recorded: list[Call] | None = None
         self.token = new_token()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,9 +72,13 @@ class Momentum:
         self.__dict__.update(state, token=new_token())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
-        twin = Momentum(self.original, self.options)
+        twin = Momentum(self.original, self.options, self.place)
         twin.chains, twin.places = self.chains, self.places
         return twin
+
+    def expect(self, chains: tuple[tuple[str, ...], ...], places: dict[str, tuple[str, ...]]) -> None:
+        """Fix the chains (names of their blocks) that every graph has to have, and where each residual add is."""
+        self.chains, self.places = chains, places
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -108,13 +116,17 @@ class Momentum:
         """Run the rewritten model."""
         refuse_replica(root)
         call = Call(args, kwargs)
+        if self.recorded is not None:
+            self.recorded.append(call)
+            return self.original.forward(root, *args, **kwargs)
         entry = self.entry(root, call)
         self.warn_of_hooks(entry, stacklevel=2)
         return entry.run(root, call)
 
     def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
         """Tell, once for each module, that its hooks do not run."""
-        hooked = [path for path in entry.captured.hooked if path not in self.hooked]
+        prefix = f"{self.place.prefix}." if self.place.prefix else ""
+        hooked = [f"{prefix}{path}" for path in entry.captured.hooked if f"{prefix}{path}" not in self.hooked]
         if hooked:
             self.hooked.update(hooked)
             warnings.warn(
@@ -139,14 +151,29 @@ class Momentum:
             return self.entry(root, as_call(example_inputs))
 
         def by_symbols() -> Entry:
-            forward = self.original.forward
-            captured = capture_symbolic(root, forward, default_form(forward), named_modules(root, self.options))
-            return self._add(self._pass(root, captured))
+            return self.capture_form(root, default_form(self.original.forward))
 
         def by_dynamo() -> Entry:
             raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
 
         return self._by(by_symbols, by_dynamo)
+
+    def capture_form(self, root: nn.Module, form: Form) -> Entry:
+        """The graph of calls of ``form``, by symbolic tracing."""
+        captured = capture_symbolic(root, self.original.forward, form, self._named(root))
+        return self._add(self._pass(root, captured))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Call]]:
+        """Run the original forward meanwhile, and note its calls."""
+        self.recorded = calls = []
+        try:
+            yield calls
+        finally:
+            self.recorded = None
+
+    def _named(self, root: nn.Module) -> dict[int, str]:
+        return named_modules(root, self.options, self.place.prefix)
 
     def _by(self, by_symbols: Callable[[], Entry], by_dynamo: Callable[[], Entry]) -> Entry:
         """By the capture that is asked for; where that is left open, by Dynamo as soon as symbols have failed."""
@@ -167,7 +194,7 @@ class Momentum:
 
     def _symbolic(self, root: nn.Module, call: Call) -> Entry:
         """A graph by symbolic tracing: for all values of a number that varies, if that gives the same chains."""
-        forward, named = self.original.forward, named_modules(root, self.options)
+        forward, named = self.original.forward, self._named(root)
 
         def passed(captured: SymbolicCapture) -> Entry:
             return self._pass(root, with_sizes(captured, root, call) if self.options.shapes else captured)
@@ -182,11 +209,11 @@ class Momentum:
         return self._add(passed(capture_symbolic(root, forward, call.form, named)))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
-        captured = capture_dynamo(root, self.original.forward, call, named_modules(root, self.options))
+        captured = capture_dynamo(root, self.original.forward, call, self._named(root))
         return self._add(self._pass(root, captured))
 
     def _pass(self, root: nn.Module, captured: Captured) -> Entry:
-        return Entry(captured, momentumize_graph(captured.graph, root, self.options, ByRoot()))
+        return Entry(captured, momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place))
 
     def _add(self, entry: Entry) -> Entry:
         self._same_chains(entry)
@@ -214,8 +241,15 @@ def _place(chain: tuple[str, ...]) -> str:
 
 
 def momentum_of(mm: nn.Module) -> Momentum:
-    """The momentumized side of a model."""
-    momentum = mm.__dict__.get(STATE)
+    """The momentum side of a model that has one captured part, itself or a module inside."""
+    parts = parts_of(mm)
+    if len(parts) > 1:
+        paths = list(parts)
+        raise OptionError(
+            f"{type(mm).__name__} has {len(paths)} captured parts ({', '.join(paths)}): ask for one, such as "
+            f"mm.get_submodule({paths[0]!r})"
+        )
+    (momentum,) = parts.values()
     if not isinstance(momentum, Momentum):
-        raise InputTypeError(f"{type(mm).__name__} is not a momentumized model: call mfx.momentumize on it first")
+        raise InputTypeError(f"{type(mm).__name__} is a MomentumNet, which needs no capture and has no graph")
     return momentum

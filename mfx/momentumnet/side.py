@@ -12,6 +12,7 @@ from torch import nn
 from mfx.compile.inside import new_token
 from mfx.errors import OptionError
 from mfx.options import Gamma, Options, check_gamma, gamma_of
+from mfx.pipeline import WHOLE, Place
 from mfx.rule import Rule, Schedule, StepSpec, schedule
 from mfx.run import ChainSpec
 from mfx.run.detector import Drift
@@ -25,6 +26,7 @@ class NetSide:
     names: tuple[str, ...]
     chain: ChainSpec | None = None
     token: str = field(default_factory=new_token)
+    place: Place = WHOLE
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "chain": None}

@@ -38,6 +38,7 @@ class Chain:
 
     ``taps`` are states before the last that are read outside the chain, ``escapes`` branch values read
     outside it, both in order.  ``eager`` and ``compiled`` say how it runs as it is, and where a compiler traces it.
+    ``index`` counts the chains of the plan, ``number`` those of the whole model, and gives the chain its name.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Chain:
     tolerance: float | None
     eager: Way
     compiled: Way
+    number: int
     taps: tuple[fx.Node, ...] = ()
 
     @property

@@ -12,8 +12,9 @@ Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import fx
 
@@ -28,20 +29,27 @@ from mfx.plan.order import runs_of
 from mfx.rule import Momentum, Rule
 
 
-def plan(found: Found, options: Options) -> Plan:
-    """The plan for ``found`` under ``options``."""
-    names = [row.name for row in (*found.blocks, *found.rejections)]
-    for argument in ("include", "exclude"):
-        check_patterns(argument, getattr(options, argument), names)
-    if isinstance(options.gamma, tuple) and names:
-        check_patterns("gamma", (pattern for pattern, _ in options.gamma), names)
+def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingProxyType({})) -> Plan:
+    """The plan for ``found`` under ``options``; ``numbers`` are those of chains in the whole model, by first block."""
+    if not options.checked:
+        _check_patterns(found, options)
     rejections = list(found.rejections)
     asked = _asked(found.blocks, options, rejections)
     kept = one_level(asked, rejections)
     runs = runs_of(found.flow, kept, rejections)
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
+    chains = [replace(chain, number=numbers.get(chain.names[0], chain.index)) for chain in chains]
     rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
     return Plan(tuple(chains), tuple(rejections), options)
+
+
+def _check_patterns(found: Found, options: Options) -> None:
+    """Refuse patterns that match no block."""
+    names = [row.name for row in (*found.blocks, *found.rejections)]
+    for argument in ("include", "exclude"):
+        check_patterns(argument, getattr(options, argument), names)
+    if isinstance(options.gamma, tuple) and names:
+        check_patterns("gamma", (pattern for pattern, _ in options.gamma), names)
 
 
 def _asked(blocks: Iterable[Block], options: Options, rejections: list[Rejection]) -> list[Block]:
@@ -82,6 +90,7 @@ def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) ->
         tolerance=options.tolerance,
         eager=eager,
         compiled=_compiled(blocks, flow) if eager.reversible else eager,
+        number=index,
         taps=tuple(state for state in states if any(_taps(user, inside) for user in state.users)),
     )
 

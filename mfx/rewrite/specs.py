@@ -36,7 +36,7 @@ def spec_of(chain: Chain, flow: Dataflow, way: Way) -> ChainSpec:
     handed = (chain.output, *chain.taps, *chain.escapes)
     taps = [values[tap] for tap in chain.taps]
     return ChainSpec(
-        name=f"momentum_{chain.index}",
+        name=f"momentum_{chain.number}",
         index=chain.index,
         steps=tuple(steps),
         schedule=chain.schedule,

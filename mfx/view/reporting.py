@@ -20,7 +20,7 @@ from mfx.capture import as_call
 from mfx.find import Block, Found, Rejection
 from mfx.graph.notes import DTYPE, SHAPE
 from mfx.graph.shapes import Fake, propagate_shapes
-from mfx.model.conversion import convert
+from mfx.model.conversion import capture_whole
 from mfx.options import Gamma, Patterns, Velocity, make_options
 from mfx.plan import Chain, Plan
 from mfx.run.conditions import autocast_dtype
@@ -78,7 +78,7 @@ def report(
         capture=capture,
     )
     with torch.random.fork_rng(devices=[]):  # a velocity's factory may draw
-        mm, entry = convert(model, options, example_inputs)
+        mm, entry = capture_whole(model, options, example_inputs)
     inputs = None if example_inputs is None else entry.captured.inputs(mm, as_call(example_inputs))
     sizes = entry.captured.sizes
     if inputs is not None and not sizes:

@@ -26,7 +26,7 @@ from mfx.errors import DriftWarning, InputTypeError
 from mfx.graph.notes import ADDED
 from mfx.memory import kept_bytes
 from mfx.model import drift, momentumize
-from mfx.model.state import momentum_of
+from mfx.model.parts import parts_of
 from mfx.options import Gamma
 from mfx.rule import Schedule
 from mfx.rule.precision import default_tolerance
@@ -121,7 +121,7 @@ def _compare(
     errors = {name: _error([got.gradients[name]], [expected.gradients[name]]) for name in names}
     norms = {name: float(gradient.norm()) for name, gradient in expected.gradients.items()}
     telling = [name for name in names if norms[name] > 1e-6 * max(norms.values())]
-    ran = [spec for spec in momentum_of(mm).latest() if spec.name in states.plans]
+    ran = [spec for part in parts_of(mm).values() for spec in part.latest() if spec.name in states.plans]
     chains = tuple(_chain(spec, got, expected, states, drift(mm)) for spec in ran)
     parameter = next(model.parameters(), torch.empty(0))
     compute = autocast_dtype(parameter.device, parameter.dtype) or parameter.dtype

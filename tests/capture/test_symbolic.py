@@ -17,13 +17,23 @@ CAPTURES = pytest.mark.parametrize("capture", ["fx", "dynamo"])
 MOST = 32
 
 
+class TimedBlock(Block):
+    """x + t f(x)."""
+
+    def forward(self, x: Tensor, t: float) -> Tensor:  # type: ignore[override]
+        return x + self.down(self.dropout(self.up(self.norm(x)))) * (1 + t)
+
+
 class Timed(Net):
     """A diffusion model's shape: every block is told the time."""
 
-    def forward(self, x: Tensor, t: float, times: int = 1) -> Tensor:
+    def __init__(self, depth: int = 3, p: float = 0.2) -> None:
+        super().__init__(depth, block=TimedBlock, p=p)
+
+    def forward(self, x: Tensor, t: float) -> Tensor:  # type: ignore[override]
         x = self.stem(x)
-        for _ in range(times):
-            x = self.blocks(x * (1 + t)) + t
+        for block in self.blocks:
+            x = block(x, t)
         return self.head(x)
 
 

@@ -387,7 +387,7 @@ def test_lazy_functions_are_to_be_run_once_before():
 
 @pytest.mark.parametrize("kind", ["net", "model"])
 def test_copies_for_data_parallel_are_refused(kind):
-    model: Any = net_of(use_backprop=False) if kind == "net" else mfx.momentumize(Net(), 0.8)
+    model: Any = net_of(use_backprop=False) if kind == "net" else mfx.momentumize(Net(), 0.8).blocks
     with pytest.raises(mfx.InputTypeError, match="DistributedDataParallel"):
         model._replicate_for_data_parallel()(rows())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfx.find import Found
-from mfx.model.conversion import convert
+from mfx.model.conversion import capture_whole
 from mfx.options import make_options
 from mfx.pipeline import Passed
 
@@ -42,7 +42,7 @@ def net(forward: Callable[..., Any], **parts: Any) -> nn.Module:
 
 def prepared(model: nn.Module, example_inputs: Any = None, **options: Any) -> Passed:
     """The model captured, searched, planned and rewritten, with the options of ``momentumize``."""
-    _, entry = convert(model, make_options(**options), example_inputs)
+    _, entry = capture_whole(model, make_options(**options), example_inputs)
     return entry.passed
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import mfx
+
 Named = dict[str, "Tensor | None"]
 
 _SMALL = 1e-3
@@ -84,6 +86,11 @@ def assert_same(one: Result, other: Result, tolerance: float = 1e-10) -> None:
     for group in ("outputs", "buffers", "input_grads", "grads"):
         _assert_same_group(group, getattr(one, group), getattr(other, group), tolerance)
     assert torch.equal(one.generator_state, other.generator_state), "the random generator ends in another state"
+
+
+def chain_names(mm: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of the blocks of each chain of a momentumized model, as its latest graphs have them."""
+    return tuple(chain.blocks for chain in mfx.chains(mm))
 
 
 def kept_bytes(model: nn.Module, *inputs: Any, seed: int = 0, **kwargs: Any) -> int:

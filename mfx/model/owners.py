@@ -1,0 +1,152 @@
+"""Owners: only the smallest modules in whose forward a chain runs whole are captured; the rest stays the model's own.
+
+1. The chains that a capture of the whole model has each belong to the module of the longest path that all their nodes
+   ran in, if its forward ran once (:func:`owners_of`); of owners inside one another the outer one counts.
+2. The momentumized model is the model with *shells*: shallow copies of the root and of the modules on the way to each
+   owner, with everything else shared.  Owners get a momentum side, the rest of the model stays plain Python: losses,
+   masks, hooks, methods that call an owner some other way (M13).
+3. The shells are run once, symbolically or on the example, to see that every owner is reached: a model that keeps
+   modules in a plain list, a closure or a bound method would run the originals.  Such a model is captured whole.
+
+Known limits: a chain that runs in the root's own forward has the root as its owner; calling a method of the root that
+forward calls, where the chain runs, gives the plain network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mfx.capture import Captured, as_call, capture_symbolic, default_form
+from mfx.errors import CaptureError, PlanChangedError
+from mfx.graph.notes import SCOPE
+from mfx.model.generated import copied, shallow_copy
+from mfx.model.state import Entry, Momentum
+from mfx.options import Options
+from mfx.pipeline import Place
+from mfx.plan import Chain, Plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def owners_of(entry: Entry) -> dict[str, list[Chain]]:
+    """The chains of each owner, by its path; all of them the root's where one is."""
+    chains = entry.passed.plan.chains
+    found: dict[str, list[Chain]] = {}
+    for chain in chains:
+        found.setdefault(_owner(chain, entry.captured), []).append(chain)
+    if "" in found:
+        return {"": list(chains)}
+    for inner in sorted(found, key=len, reverse=True):
+        outer = next((path for path in found if _inside(inner, path)), None)
+        if outer is not None:
+            found[outer] += found.pop(inner)
+    return found
+
+
+def _owner(chain: Chain, captured: Captured) -> str:
+    """The path of the smallest module that ran once and in whose forward all of ``chain`` ran."""
+    paths = [node.meta[SCOPE].path.split(".") for block in chain.blocks for node in block.nodes]
+    common = [names[0] for names in zip(*paths, strict=False)]
+    shared = next((k for k, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1), len(common))
+    common = common[:shared]
+    while common and captured.calls.get(".".join(common), 0) != 1:
+        common.pop()
+    return ".".join(common)
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return inner.startswith(f"{outer}.")
+
+
+def with_shells(model: Model, entry: Entry, options: Options, example_inputs: Any) -> Model | None:
+    """``model`` with shells down to the owners of the chains of ``entry``; None where the root has to be captured."""
+    owners = owners_of(entry)
+    if "" in owners or not owners:
+        return None
+    sides = {path: _side(model.get_submodule(path), path, entry.passed.plan, options) for path in owners}
+    mm = _shells(model, {id(model.get_submodule(path)): side for path, side in sides.items()})
+    try:
+        if example_inputs is None:
+            _capture_by_symbols(mm, sides)
+        else:
+            _capture_by_example(mm, sides, example_inputs)
+    except (CaptureError, PlanChangedError):
+        return None
+    return mm
+
+
+def _side(owner: nn.Module, path: str, plan: Plan, options: Options) -> Momentum:
+    """The momentum side of an owner, which has to have the chains that the whole model has there."""
+    numbers = {chain.names[0]: chain.number for chain in plan.chains}
+    momentum = Momentum(type(owner), replace(options, checked=True), Place(path, numbers))
+    here = {name: chain for name, chain in plan.places.items() if _inside(name, path) or name.partition("#")[0] == path}
+    momentum.expect(tuple(names for names in plan.names if names[0] in here), here)
+    return momentum
+
+
+def _shells(model: Model, sides: Mapping[int, Momentum]) -> Model:
+    """``model`` with owners (by id) that have their momentum side; a module has one shell, however it is reached."""
+    made: dict[int, nn.Module] = {}
+
+    def shell(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            if id(module) in sides:
+                made[id(module)] = shallow_copy(module, sides[id(module)])
+            elif any(id(inner) in sides for inner in module.modules()):
+                made[id(module)] = outer = copied(module)
+                held = outer._modules.items()
+                outer._modules.update({name: child and shell(child) for name, child in held})  # type: ignore[arg-type]
+            else:
+                made[id(module)] = module
+        return made[id(module)]
+
+    return shell(model)  # type: ignore[return-value]
+
+
+def _capture_by_symbols(mm: nn.Module, sides: Mapping[str, Momentum]) -> None:
+    """Capture each owner in the form that the model calls it in, by a trace that takes owners whole."""
+    forward = type(mm).forward
+    forms = capture_symbolic(mm, forward, default_form(forward)).forms
+    _require_all(mm, sides, list(forms))
+    for path, momentum in sides.items():
+        momentum.capture_form(mm.get_submodule(path), forms[path])
+
+
+def _capture_by_example(mm: nn.Module, sides: Mapping[str, Momentum], example_inputs: Any) -> None:
+    """Capture each owner for the call that the model makes of it, as a run on the example shows."""
+    call = as_call(example_inputs)
+    with _untouched(mm), contextlib.ExitStack() as stack, torch.no_grad():
+        calls = {path: stack.enter_context(momentum.recording()) for path, momentum in sides.items()}
+        mm(*call.args, **call.kwargs)
+    _require_all(mm, sides, [path for path, found in calls.items() if found])
+    for path, momentum in sides.items():
+        momentum.entry(mm.get_submodule(path), calls[path][0])
+
+
+def _require_all(mm: nn.Module, sides: Mapping[str, Momentum], reached: Sequence[str]) -> None:
+    missed = sorted(set(sides) - set(reached))
+    if missed:
+        raise CaptureError(
+            f"{type(mm).__name__}.forward does not reach {', '.join(missed)} by its children: it keeps them elsewhere "
+            "(a list, a closure, a bound method)"
+        )
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Leave buffers and random generators as they are."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {buffer.device.index for buffer in [*model.parameters(), *model.buffers()] if buffer.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
