@@ -30,6 +30,10 @@ class PlanChangedError(MfxError, RuntimeError):
     """A new capture of a momentumized model found other blocks than the first one."""
 
 
+class EntryError(MfxError, RuntimeError):
+    """A momentumized model was entered by a way on which it would be the plain network."""
+
+
 class ShapeError(MfxError, RuntimeError):
     """A branch returned a value that cannot be added to its skip."""
 

@@ -26,11 +26,13 @@ from mfx.rewrite import Binding, Rewritten, rewrite, with_rules
 class Place:
     """Where a graph's module stands in the model that blocks and chains are named in.
 
-    ``prefix`` is its path, ``numbers`` are those of its chains there, by the name of the first block.
+    ``prefix`` is its path, ``numbers`` are those of its chains there, by the name of the first block; chains that have
+    none count on from ``first``.
     """
 
     prefix: str = ""
     numbers: Mapping[str, int] = field(default_factory=dict)
+    first: int = 0
 
 
 WHOLE = Place()
@@ -73,7 +75,7 @@ def momentumize_graph(
         OptionError: an option names what is not there, or a layer that cannot be rewritten.
     """
     found = find(graph, holder, kind=options.kind, only_whole=options.only_whole, prefix=place.prefix)
-    planned = plan(found, options, place.numbers)
+    planned = plan(found, options, place.numbers, place.first)
     _require_named(holder if model is None else model, found, planned)
     return Passed(found, planned, rewrite(found, planned, binding))
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mfx.graph.notes import DTYPE, DTYPE_KEPT, LIFTED, RETURNED, SCOPE, SHAPE, Scope
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, FRAMES, LIFTED, RETURNED, SCOPE, SHAPE, Scope
 from mfx.torch_versions import dynamo, is_lifted_number, source_name, source_of
 
+_FRAME = re.compile(r'File "([^"]+)", line \d+, in (\w+)')
 _BASE = re.compile(r"^([LG])\['([^']+)'\]")
 
 
@@ -122,6 +123,7 @@ def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, st
     for node in graph.nodes:
         stacks[node] = _scopes(node, modules, calls)
         node.meta[SCOPE] = stacks[node][-1]
+        node.meta[FRAMES] = tuple(_FRAME.findall(node.meta.get("stack_trace") or ""))
         if node in kinds:
             node.meta[LIFTED] = kinds[node]
     for node in graph.nodes:

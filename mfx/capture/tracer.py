@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -33,7 +34,7 @@ from torch.fx.node import map_aggregate
 from mfx.errors import CaptureError
 from mfx.graph import operations
 from mfx.graph.draws import RANDOM
-from mfx.graph.notes import LIFTED, NUMBER, RETURNED, SCOPE, STATE, Scope, mark_call
+from mfx.graph.notes import FRAMES, LIFTED, NUMBER, RETURNED, SCOPE, STATE, Scope, mark_call
 
 _FACTORIES = (
     "arange linspace logspace zeros ones full empty eye tensor as_tensor scalar_tensor tril_indices "
@@ -50,6 +51,9 @@ _CONTAINERS = (
 )
 
 
+_PASSED_BY = (__file__, fx.proxy.__file__, fx._symbolic_trace.__file__, nn.modules.module.__file__)
+
+
 class Constant:
     """A value the graph holds for itself; calling it gives the value."""
 
@@ -60,6 +64,14 @@ class Constant:
 
     def __call__(self) -> Any:
         return self.value
+
+
+_tracing: list[Tracer] = []
+
+
+def is_tracing() -> bool:
+    """Whether Python runs on symbolic values."""
+    return bool(_tracing)
 
 
 class Tracer(fx.Tracer):
@@ -92,8 +104,12 @@ class Tracer(fx.Tracer):
         self.entered[""] = root
         owned = [*root.named_parameters(), *root.named_buffers()]
         self._paths = {id(tensor): path for path, tensor in reversed(owned)}
-        with _symbolic_factories(self):
-            return super().trace(root, concrete_args)
+        _tracing.append(self)
+        try:
+            with _symbolic_factories(self):
+                return super().trace(root, concrete_args)
+        finally:
+            _tracing.pop()
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = []
@@ -135,6 +151,7 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta[SCOPE] = self.current
+        node.meta[FRAMES] = _frames()
         node.meta[NUMBER] = _is_number(node)
         return node
 
@@ -180,6 +197,18 @@ def _augmented(name: str) -> Callable[[_Value, Any], fx.Proxy]:
 
 for _name in "iadd isub imul itruediv ifloordiv imod ipow ilshift irshift ixor".split():
     setattr(_Value, f"__{_name}__", _augmented(_name))
+
+
+def _frames() -> tuple[tuple[str, str], ...]:
+    """The functions that are running, but for torch's and the tracer's own, from the outside inwards."""
+    found = []
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "trace":
+        code = frame.f_code
+        if code.co_filename not in _PASSED_BY:
+            found.append((code.co_filename, code.co_name))
+        frame = frame.f_back
+    return tuple(reversed(found))
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -13,6 +13,9 @@ from torch import fx
 SCOPE = "mfx_scope"
 """On every node: the :class:`Scope` in which it ran."""
 
+FRAMES = "mfx_frames"
+"""On every node: the Python functions that it ran in, from the model's forward inwards, each as (file, name)."""
+
 RETURNED = "mfx_returned"
 """Where a module call ended in the value: the set of scopes whose forward returned it."""
 SHAPE = "mfx_shape"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from mfx.errors import CaptureError, InputTypeError, NothingRewrittenWarning, OptionError
-from mfx.graph.notes import ADDED, STATE
-from mfx.model.generated import shallow_copy
-from mfx.model.owners import with_shells
+from mfx.graph.notes import STATE
+from mfx.model.generated import guarded, shallow_copy
+from mfx.model.outlook import Outlook, outlooks
+from mfx.model.owners import guarded_methods, with_shells
 from mfx.model.parts import parts_of
-from mfx.model.state import Entry, Momentum, momentum_of
+from mfx.model.state import Momentum, momentum_of
 from mfx.options import Gamma, Options, Patterns, Velocity, make_options
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,28 +96,31 @@ def momentumize(
         tolerance=tolerance,
         capture=capture,
     )
-    whole, entry = capture_whole(model, options, example_inputs)
-    _warn_if_nothing(entry, type(model).__name__)
-    mm = None
-    if not callable(options.velocity):
-        mm = with_shells(model, entry, whole.__dict__[STATE].options, example_inputs)
-    mm = whole if mm is None else mm
+    check_model(model)
+    found = outlooks(model, options, example_inputs)
+    _warn_if_nothing(found, type(model).__name__)
+    mm = _made_of(model, found, example_inputs)
     for part in parts_of(mm).values():
         if isinstance(part, Momentum):
             part.warn_of_hooks(part.latest_entry(), stacklevel=2)
     return mm
 
 
-def capture_whole(model: Model, options: Options, example_inputs: Any) -> tuple[Model, Entry]:
-    """The model captured whole and momentumized with ``options``, and its first graph."""
-    check_model(model)
-    momentum = Momentum(type(model), replace(options, shapes=example_inputs is not None))
-    mm = shallow_copy(model, momentum)
-    entry = momentum.first(mm, example_inputs)
-    if callable(options.velocity):
-        chains = {str(chain.index): options.velocity(chain) for chain in entry.passed.plan.chains}
-        mm.add_module(ADDED, nn.ModuleDict(chains))
-    return mm, entry
+def _made_of(model: Model, found: Mapping[str, Outlook], example_inputs: Any) -> Model:
+    """The momentumized model: with shells where that is possible, else captured whole."""
+    options = next(iter(found.values())).momentum.options
+    whole = found.get("")
+    if not callable(options.velocity):
+        captures = {path: outlook.entry for path, outlook in found.items()}
+        mm = with_shells(model, captures, options, example_inputs)
+        if mm is not None:
+            return mm
+    if whole is None:
+        raise CaptureError(
+            f"{type(model).__name__} can be followed in parts only ({', '.join(found)}), and reaches them otherwise "
+            "than by its children: momentumize these, each in its place (model.part = mfx.momentumize(model.part))"
+        )
+    return guarded(whole.mm, guarded_methods(type(model), whole.entry.passed.plan.chains))  # type: ignore[return-value]
 
 
 def momentum_version(model: Model, options: Options) -> Model:
@@ -149,18 +153,26 @@ def check_model(model: Any) -> None:
 def graph_of(mm: nn.Module) -> fx.Graph:
     """The rewritten graph of a momentumized model's latest capture, for printing.
 
+    Args:
+        mm: a momentumized model that has one captured part, or such a part of it.
+
+    Raises:
+        InputTypeError: ``mm`` has no captured part.
+        OptionError: it has several; they are listed.
+
     Example:
         >>> import torchvision, mfx
         >>> mm = mfx.momentumize(torchvision.models.resnet18(weights=None), gamma=0.9)
-        >>> [n.name for n in mfx.graph_of(mm).nodes if n.name.startswith("momentum")][:1]
+        >>> [n.name for n in mfx.graph_of(mm.layer1).nodes if n.name.startswith("momentum")]
         ['momentum_0']
     """
     return momentum_of(mm).latest_entry().passed.rewritten.graph
 
 
-def _warn_if_nothing(entry: Entry, name: str) -> None:
-    if not entry.passed.plan.chains:
-        reasons = {row.text for row in entry.passed.plan.rejections}
+def _warn_if_nothing(found: Mapping[str, Outlook], name: str) -> None:
+    plans = [outlook.entry.passed.plan for outlook in found.values()]
+    if not any(plan.chains for plan in plans):
+        reasons = {row.text for plan in plans for row in plan.rejections}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else " (it has no residual add)"
         warnings.warn(
             f"nothing was rewritten in {name}{why}: the model comes back equivalent",

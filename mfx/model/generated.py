@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mfx.capture.tracer import is_tracing
 from mfx.compile.inside import traced
-from mfx.errors import InputTypeError
+from mfx.errors import EntryError, InputTypeError
 from mfx.graph.notes import STATE
 from mfx.model.state import Momentum
 
@@ -35,17 +36,31 @@ def copied(model: Model) -> Model:
 def shallow_copy(model: Model, momentum: Momentum) -> Model:
     """The same, of the generated class and with its momentum side."""
     mm = copied(model)
-    mm.__class__ = _momentum_class(type(model))
+    mm.__class__ = _momentum_class(type(model), momentum.method, momentum.guarded)
     mm.__dict__[STATE] = momentum
     return mm
 
 
+def guarded(mm: Model, methods: tuple[str, ...]) -> Model:
+    """``mm``, whose ``methods`` from now on raise where they are called alone."""
+    momentum: Momentum = mm.__dict__[STATE]
+    momentum.guarded = methods
+    mm.__class__ = _momentum_class(momentum.original, momentum.method, methods)
+    return mm
+
+
 @functools.cache
-def _momentum_class(original: type[nn.Module]) -> type[Any]:
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, ...]) -> type[Any]:
+    """The subclass whose ``method`` runs the captured graph.
+
+    ``guarded`` methods run in a part of that graph, and would be the plain network if they were called alone.
+    """
+    function = getattr(original, method)
+
+    @functools.wraps(function)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return traced(self, getattr(self, STATE), original.forward, args, kwargs)
+            return traced(self, getattr(self, STATE), function, args, kwargs)
         if STATE not in self.__dict__:
             raise InputTypeError(
                 f"this {original.__name__} was made from the class of a momentumized one (a slice of it, "
@@ -55,10 +70,11 @@ def _momentum_class(original: type[nn.Module]) -> type[Any]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         state = dict(self.__dict__)
-        return _rebuild, (original,), state
+        return _rebuild, (original, method, guarded), state
 
     namespace = {
-        "forward": forward,
+        **{name: _guard(original, name) for name in guarded},
+        method: run,
         "__reduce_ex__": reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -67,7 +83,23 @@ def _momentum_class(original: type[nn.Module]) -> type[Any]:
     return type(original.__name__, (original,), namespace)
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _guard(original: type[nn.Module], name: str) -> Any:
+    """A method that may be followed by a capture, and not be called."""
+    function = getattr(original, name)
+
+    @functools.wraps(function)
+    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or is_tracing():
+            return function(self, *args, **kwargs)
+        raise EntryError(
+            f"{original.__name__}.{name} runs blocks of a momentum chain that {original.__name__}.forward runs whole; "
+            "called alone it would be the plain network. Call the model, or the original's method for the plain one"
+        )
+
+    return guarded
+
+
+def _rebuild(original: type[nn.Module], method: str, guarded: tuple[str, ...]) -> nn.Module:
     """An empty momentumized model, for unpickling."""
-    created = _momentum_class(original)
+    created = _momentum_class(original, method, guarded)
     return nn.Module.__new__(created)

@@ -8,13 +8,15 @@
 3. The shells are run once, symbolically or on the example, to see that every owner is reached: a model that keeps
    modules in a plain list, a closure or a bound method would run the originals.  Such a model is captured whole.
 
-Known limits: a chain that runs in the root's own forward has the root as its owner; calling a method of the root that
-forward calls, where the chain runs, gives the plain network.
+4. Where the chains of an owner run in another method that its forward calls (``forward_features``, ``encode``), that
+   method is what gets the captured version.  Where they run in several, forward does, and each of these raises when it
+   is called alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,16 +24,21 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mfx.capture import Captured, as_call, capture_symbolic, default_form
+from mfx.capture import Call, Captured, as_call, capture_symbolic, default_form
+from mfx.capture.call import call_form
 from mfx.errors import CaptureError, PlanChangedError
-from mfx.graph.notes import SCOPE
+from mfx.graph.notes import FRAMES, SCOPE
 from mfx.model.generated import copied, shallow_copy
 from mfx.model.state import Entry, Momentum
 from mfx.options import Options
 from mfx.pipeline import Place
-from mfx.plan import Chain, Plan
+from mfx.plan import Chain
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def _nothing() -> None:
+    """Stands for a method that a class does not have."""
 
 
 def owners_of(entry: Entry) -> dict[str, list[Chain]]:
@@ -64,12 +71,22 @@ def _inside(inner: str, outer: str) -> bool:
     return inner.startswith(f"{outer}.")
 
 
-def with_shells(model: Model, entry: Entry, options: Options, example_inputs: Any) -> Model | None:
-    """``model`` with shells down to the owners of the chains of ``entry``; None where the root has to be captured."""
-    owners = owners_of(entry)
-    if "" in owners or not owners:
+def with_shells(model: Model, captures: Mapping[str, Entry], options: Options, example_inputs: Any) -> Model | None:
+    """``model`` with shells down to the owners of the chains in ``captures`` of it, or of its parts, by path.
+
+    None where the root has to be captured.
+    """
+    sides: dict[str, Momentum] = {}
+    for part, entry in captures.items():
+        for inner, chains in owners_of(entry).items():
+            path = ".".join(filter(None, (part, inner)))
+            owner = model.get_submodule(path)
+            method = common_method(type(owner), chains)
+            if not path and method == "forward":
+                return None
+            sides[path] = _side(owner, path, method, entry, options)
+    if not sides:
         return None
-    sides = {path: _side(model.get_submodule(path), path, entry.passed.plan, options) for path in owners}
     mm = _shells(model, {id(model.get_submodule(path)): side for path, side in sides.items()})
     try:
         if example_inputs is None:
@@ -81,11 +98,40 @@ def with_shells(model: Model, entry: Entry, options: Options, example_inputs: An
     return mm
 
 
-def _side(owner: nn.Module, path: str, plan: Plan, options: Options) -> Momentum:
+def methods_of(owner: type[nn.Module], chain: Chain) -> list[list[str]]:
+    """For each block of a chain, the methods of its owner that its add ran in, from the outside inwards."""
+
+    def is_own(file: str, name: str) -> bool:
+        code = getattr(inspect.unwrap(getattr(owner, name, _nothing)), "__code__", None)
+        return name != "forward" and code is not None and (code.co_filename, code.co_name) == (file, name)
+
+    return [[name for file, name in block.add.meta.get(FRAMES, ()) if is_own(file, name)] for block in chain.blocks]
+
+
+def common_method(owner: type[nn.Module], chains: Sequence[Chain]) -> str:
+    """The innermost method of their owner in which all of ``chains`` run."""
+    ways = [way for chain in chains for way in methods_of(owner, chain)]
+    shared = [name for name in ways[0] if all(name in way for way in ways)] if ways else []
+    return shared[-1] if shared else "forward"
+
+
+def guarded_methods(owner: type[nn.Module], chains: Sequence[Chain]) -> tuple[str, ...]:
+    """The methods of an owner that run blocks of its chains, where its forward is captured."""
+    return tuple(sorted({name for chain in chains for way in methods_of(owner, chain) for name in way}))
+
+
+def _side(owner: nn.Module, path: str, method: str, entry: Entry, options: Options) -> Momentum:
     """The momentum side of an owner, which has to have the chains that the whole model has there."""
+    plan = entry.passed.plan
     numbers = {chain.names[0]: chain.number for chain in plan.chains}
-    momentum = Momentum(type(owner), replace(options, checked=True), Place(path, numbers))
-    here = {name: chain for name, chain in plan.places.items() if _inside(name, path) or name.partition("#")[0] == path}
+    momentum = Momentum(type(owner), replace(options, checked=True), Place(path, numbers), method)
+    here = {
+        name: chain
+        for name, chain in plan.places.items()
+        if not path or _inside(name, path) or name.partition("#")[0] == path
+    }
+    if method == "forward":
+        momentum.guarded = guarded_methods(type(owner), [chain for chain in plan.chains if chain.names[0] in here])
     momentum.expect(tuple(names for names in plan.names if names[0] in here), here)
     return momentum
 
@@ -112,7 +158,9 @@ def _shells(model: Model, sides: Mapping[int, Momentum]) -> Model:
 def _capture_by_symbols(mm: nn.Module, sides: Mapping[str, Momentum]) -> None:
     """Capture each owner in the form that the model calls it in, by a trace that takes owners whole."""
     forward = type(mm).forward
-    forms = capture_symbolic(mm, forward, default_form(forward)).forms
+    with _recording(sides) as calls:
+        forms = dict(capture_symbolic(mm, forward, default_form(forward)).forms)
+    forms |= {path: call_form(found[0].args, found[0].kwargs) for path, found in calls.items() if len(found) == 1}
     _require_all(mm, sides, list(forms))
     for path, momentum in sides.items():
         momentum.capture_form(mm.get_submodule(path), forms[path])
@@ -121,10 +169,9 @@ def _capture_by_symbols(mm: nn.Module, sides: Mapping[str, Momentum]) -> None:
 def _capture_by_example(mm: nn.Module, sides: Mapping[str, Momentum], example_inputs: Any) -> None:
     """Capture each owner for the call that the model makes of it, as a run on the example shows."""
     call = as_call(example_inputs)
-    with _untouched(mm), contextlib.ExitStack() as stack, torch.no_grad():
-        calls = {path: stack.enter_context(momentum.recording()) for path, momentum in sides.items()}
+    with untouched(mm), torch.no_grad(), _recording(sides) as calls:
         mm(*call.args, **call.kwargs)
-    _require_all(mm, sides, [path for path, found in calls.items() if found])
+    _require_all(mm, sides, [path for path, found in calls.items() if len(found) == 1])
     for path, momentum in sides.items():
         momentum.entry(mm.get_submodule(path), calls[path][0])
 
@@ -138,8 +185,20 @@ def _require_all(mm: nn.Module, sides: Mapping[str, Momentum], reached: Sequence
         )
 
 
+def _belongs(name: str, path: str) -> bool:
+    """Whether the block of this name runs in the module at ``path``."""
+    return not path or _inside(name, path) or name.partition("#")[0] == path
+
+
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _recording(sides: Mapping[str, Momentum]) -> Iterator[dict[str, list[Call]]]:
+    """The calls of each owner, which runs as the original meanwhile."""
+    with contextlib.ExitStack() as stack:
+        yield {path: stack.enter_context(momentum.recording()) for path, momentum in sides.items()}
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
     """Leave buffers and random generators as they are."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {buffer.device.index for buffer in [*model.parameters(), *model.buffers()] if buffer.is_cuda}

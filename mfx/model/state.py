@@ -48,15 +48,20 @@ class Entry:
 class Momentum:
     """What makes a model a momentumized one.
 
+    ``method`` of the model is what its graphs stand for; ``guarded`` are other methods that run a part of that.
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`).
     """
 
-    def __init__(self, original: type[nn.Module], options: Options, place: Place = WHOLE) -> None:
+    def __init__(
+        self, original: type[nn.Module], options: Options, place: Place = WHOLE, method: str = "forward"
+    ) -> None:
         self.original = original
         self.options = options
         self.place = place
+        self.method = method
+        self.guarded: tuple[str, ...] = ()
         self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
         self.entries: list[Entry] = []
@@ -72,9 +77,15 @@ class Momentum:
         self.__dict__.update(state, token=new_token())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
-        twin = Momentum(self.original, self.options, self.place)
+        twin = Momentum(self.original, self.options, self.place, self.method)
+        twin.guarded = self.guarded
         twin.chains, twin.places = self.chains, self.places
         return twin
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is captured: the original's forward, or the method of it that runs the chains."""
+        return getattr(self.original, self.method)
 
     def expect(self, chains: tuple[tuple[str, ...], ...], places: dict[str, tuple[str, ...]]) -> None:
         """Fix the chains (names of their blocks) that every graph has to have, and where each residual add is."""
@@ -118,7 +129,7 @@ class Momentum:
         call = Call(args, kwargs)
         if self.recorded is not None:
             self.recorded.append(call)
-            return self.original.forward(root, *args, **kwargs)
+            return self.function(root, *args, **kwargs)
         entry = self.entry(root, call)
         self.warn_of_hooks(entry, stacklevel=2)
         return entry.run(root, call)
@@ -151,7 +162,7 @@ class Momentum:
             return self.entry(root, as_call(example_inputs))
 
         def by_symbols() -> Entry:
-            return self.capture_form(root, default_form(self.original.forward))
+            return self.capture_form(root, default_form(self.function))
 
         def by_dynamo() -> Entry:
             raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
@@ -160,7 +171,7 @@ class Momentum:
 
     def capture_form(self, root: nn.Module, form: Form) -> Entry:
         """The graph of calls of ``form``, by symbolic tracing."""
-        captured = capture_symbolic(root, self.original.forward, form, self._named(root))
+        captured = capture_symbolic(root, self.function, form, self._named(root))
         return self._add(self._pass(root, captured))
 
     @contextlib.contextmanager
@@ -194,7 +205,7 @@ class Momentum:
 
     def _symbolic(self, root: nn.Module, call: Call) -> Entry:
         """A graph by symbolic tracing: for all values of a number that varies, if that gives the same chains."""
-        forward, named = self.original.forward, self._named(root)
+        forward, named = self.function, self._named(root)
 
         def passed(captured: SymbolicCapture) -> Entry:
             return self._pass(root, with_sizes(captured, root, call) if self.options.shapes else captured)
@@ -209,7 +220,7 @@ class Momentum:
         return self._add(passed(capture_symbolic(root, forward, call.form, named)))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
-        captured = capture_dynamo(root, self.original.forward, call, self._named(root))
+        captured = capture_dynamo(root, self.function, call, self._named(root))
         return self._add(self._pass(root, captured))
 
     def _pass(self, root: nn.Module, captured: Captured) -> Entry:

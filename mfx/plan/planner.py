@@ -29,8 +29,11 @@ from mfx.plan.order import runs_of
 from mfx.rule import Momentum, Rule
 
 
-def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingProxyType({})) -> Plan:
-    """The plan for ``found`` under ``options``; ``numbers`` are those of chains in the whole model, by first block."""
+def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingProxyType({}), first: int = 0) -> Plan:
+    """The plan for ``found`` under ``options``.
+
+    ``numbers`` are those of chains in the whole model, by first block; chains that have none count on from ``first``.
+    """
     if not options.checked:
         _check_patterns(found, options)
     rejections = list(found.rejections)
@@ -38,7 +41,7 @@ def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingPro
     kept = one_level(asked, rejections)
     runs = runs_of(found.flow, kept, rejections)
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
-    chains = [replace(chain, number=numbers.get(chain.names[0], chain.index)) for chain in chains]
+    chains = [replace(chain, number=numbers.get(chain.names[0], first + chain.index)) for chain in chains]
     rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
     return Plan(tuple(chains), tuple(rejections), options)
 

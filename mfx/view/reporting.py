@@ -16,11 +16,11 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from mfx.capture import as_call
 from mfx.find import Block, Found, Rejection
 from mfx.graph.notes import DTYPE, SHAPE
 from mfx.graph.shapes import Fake, propagate_shapes
-from mfx.model.conversion import capture_whole
+from mfx.model.conversion import check_model
+from mfx.model.outlook import Outlook, outlooks
 from mfx.options import Gamma, Patterns, Velocity, make_options
 from mfx.plan import Chain, Plan
 from mfx.run.conditions import autocast_dtype
@@ -77,19 +77,34 @@ def report(
         tolerance=tolerance,
         capture=capture,
     )
+    check_model(model)
     with torch.random.fork_rng(devices=[]):  # a velocity's factory may draw
-        mm, entry = capture_whole(model, options, example_inputs)
-    inputs = None if example_inputs is None else entry.captured.inputs(mm, as_call(example_inputs))
-    sizes = entry.captured.sizes
-    if inputs is not None and not sizes:
-        sizes = propagate_shapes(entry.captured.graph, model, inputs)
-    seen = _Seen(entry.passed.found, entry.passed.plan, sizes)
-    rows = _rows(seen)
-    memory = None
-    if sizes and inputs is not None:
-        memory = Memory(sum(sizes.values()), Fake(mm, inputs).kept_bytes(entry.passed.rewritten.run))
-    chains = tuple(_chain_row(chain, seen) for chain in seen.plan.chains)
-    return Report(type(model).__name__, tuple(rows), chains, memory, _block_graph(rows, seen.found))
+        found = outlooks(model, options, example_inputs)
+    seen = [_seen(outlook) for outlook in found.values()]
+    rows = [row for one in seen for row in _rows(one)]
+    chains = tuple(_chain_row(chain, one) for one in seen for chain in one.plan.chains)
+    memories = [_memory(outlook, one) for outlook, one in zip(found.values(), seen, strict=True)]
+    known = [memory for memory in memories if memory is not None]
+    memory = Memory(sum(one.before for one in known), sum(one.after for one in known)) if known else None
+    graph = nx.compose_all([_block_graph(rows, one.found) for one in seen])
+    return Report(type(model).__name__, tuple(rows), chains, memory, graph)
+
+
+def _seen(outlook: Outlook) -> _Seen:
+    sizes = outlook.entry.captured.sizes
+    if outlook.call is not None and not sizes:
+        inputs = outlook.entry.captured.inputs(outlook.mm, outlook.call)
+        sizes = propagate_shapes(outlook.entry.captured.graph, outlook.mm, inputs)
+    return _Seen(outlook.entry.passed.found, outlook.entry.passed.plan, sizes)
+
+
+def _memory(outlook: Outlook, seen: _Seen) -> Memory | None:
+    """Bytes kept for backward, as fake tensors predict them."""
+    if outlook.call is None or not seen.sizes:
+        return None
+    inputs = outlook.entry.captured.inputs(outlook.mm, outlook.call)
+    after = Fake(outlook.mm, inputs).kept_bytes(outlook.entry.passed.rewritten.run)
+    return Memory(sum(seen.sizes.values()), after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +136,7 @@ def _momentum_row(chain: Chain, block: Block, seen: _Seen) -> Row:
         name=block.name,
         status="momentum",
         kind=block.kind,
-        chain=chain.index,
+        chain=chain.number,
         parameters=_parameter_count(block.members, seen.found),
         shape=block.skip.meta.get(SHAPE),
         activation_bytes=_activation_bytes(block, seen),
@@ -161,7 +176,9 @@ def _activation_bytes(block: Block, seen: _Seen) -> int | None:
 
 def _chain_row(chain: Chain, seen: _Seen) -> ChainRow:
     dtype: torch.dtype | None = chain.input.meta.get(DTYPE)
-    row = ChainRow(chain.index, chain.names, chain.gammas, stored=chain.eager.text, stored_compiled=chain.compiled.text)
+    row = ChainRow(
+        chain.number, chain.names, chain.gammas, stored=chain.eager.text, stored_compiled=chain.compiled.text
+    )
     if dtype is None or not seen.sizes:
         return row
     row = replace(row, activation_bytes=sum(_activation_bytes(block, seen) or 0 for block in chain.blocks))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfx.find import Found
-from mfx.model.conversion import capture_whole
+from mfx.model.outlook import outlooks
 from mfx.options import make_options
 from mfx.pipeline import Passed
 
@@ -42,8 +42,7 @@ def net(forward: Callable[..., Any], **parts: Any) -> nn.Module:
 
 def prepared(model: nn.Module, example_inputs: Any = None, **options: Any) -> Passed:
     """The model captured, searched, planned and rewritten, with the options of ``momentumize``."""
-    _, entry = capture_whole(model, make_options(**options), example_inputs)
-    return entry.passed
+    return outlooks(model, make_options(**options), example_inputs)[""].entry.passed
 
 
 def found(forward: Callable[..., Any], parts: dict[str, Any], example: Any = None, **options: Any) -> Found:
