@@ -6,14 +6,13 @@ import warnings
 from dataclasses import replace
 
 import torch
-from helpers import Result, assert_same, kept_bytes, run
+from helpers import Result, assert_same, chain_names, kept_bytes, run
 from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from strategies import Block, Model, Stage, blocks, build, gammas, inputs, models, set_mode
 from torch import nn
 
 import mfx
-from mfx.model.state import momentum_of
 
 
 class Learned(nn.Module):
@@ -100,7 +99,7 @@ def test_what_the_report_lists_is_rewritten_each_chain_into_one_node(model, gamm
         mm = momentumized(network, model, gamma=gamma)
     except mfx.OptionError:
         reject()
-    graph, chains = mfx.graph_of(mm), momentum_of(mm).chains
+    graph, chains = mfx.graph_of(mm), chain_names(mm)
     graph.lint()
     nodes = [node for node in graph.nodes if node.op == "call_function" and node.name.startswith("momentum_")]
     assert [node.target.__name__ for node in nodes] == [f"momentum_{index}" for index in range(len(chains))]
@@ -122,11 +121,11 @@ def test_the_bytes_kept_do_not_grow_with_depth(block, training):  # M3
         network = build(model)
         run_if_possible(network, model)
         mm = momentumized(network, model, gamma=0.9)
-        assert [len(chain) for chain in momentum_of(mm).chains] == [depth]
+        assert [len(chain) for chain in chain_names(mm)] == [depth]
         kept.append(kept_bytes(mm, *inputs(model)))
     assert kept[0] == kept[1]
 
 
 def test_the_simplest_model_is_one_block():
     model = Model((Stage((Block(),)),))
-    assert momentum_of(mfx.momentumize(build(model))).chains == (("stages.0.blocks.0",),)
+    assert chain_names(mfx.momentumize(build(model))) == (("stages.0.blocks.0",),)
