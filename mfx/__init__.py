@@ -6,6 +6,7 @@ from mfx.compile import Backend, backend
 from mfx.errors import (
     BackwardError,
     CaptureError,
+    CheckpointingWarning,
     CompiledStoredWarning,
     CompileError,
     DriftWarning,
@@ -33,6 +34,7 @@ __all__ = [
     "CaptureError",
     "Chain",
     "ChainVerification",
+    "CheckpointingWarning",
     "CompileError",
     "CompiledStoredWarning",
     "DriftWarning",

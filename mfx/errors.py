@@ -58,6 +58,10 @@ class HookWarning(MfxWarning):
     """Forward hooks of modules that the capture entered will not run."""
 
 
+class CheckpointingWarning(MfxWarning):
+    """A model asks for checkpointing of blocks that a chain recomputes anyway."""
+
+
 class DriftWarning(MfxWarning):
     """A backward did not reconstruct what is known of a chain's state."""
 

@@ -21,11 +21,15 @@ from mfx.model.state import Momentum
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_COMPILED = "_compiled_call_impl"
+"""Where ``module.compile()`` keeps what it made; torch itself leaves it out of copies."""
+
 
 def copied(model: Model) -> Model:
     """The model with its own tables of children, parameters, buffers and hooks; what they hold is shared."""
     mm = copy.copy(model)
     state = dict(model.__dict__)
+    state.pop(_COMPILED, None)  # compiled in place, it would run the model that it was made from
     for table, entries in state.items():
         if table.startswith("_") and isinstance(entries, (dict, set)):
             state[table] = copy.copy(entries)
@@ -70,6 +74,7 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         state = dict(self.__dict__)
+        state.pop(_COMPILED, None)
         return _rebuild, (original, method, guarded), state
 
     namespace = {

@@ -24,6 +24,7 @@ from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_
 from mfx.compile.inside import new_token
 from mfx.errors import CaptureError, HookWarning, InputTypeError, MfxError, OptionError, PlanChangedError
 from mfx.graph.notes import ADDED
+from mfx.model.checkpointing import switched_off
 from mfx.model.parts import parts_of, refuse_replica
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph
@@ -130,9 +131,10 @@ class Momentum:
         if self.recorded is not None:
             self.recorded.append(call)
             return self.function(root, *args, **kwargs)
-        entry = self.entry(root, call)
-        self.warn_of_hooks(entry, stacklevel=2)
-        return entry.run(root, call)
+        with switched_off(root):
+            entry = self.entry(root, call)
+            self.warn_of_hooks(entry, stacklevel=2)
+            return entry.run(root, call)
 
     def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
         """Tell, once for each module, that its hooks do not run."""
@@ -159,7 +161,8 @@ class Momentum:
     def first(self, root: nn.Module, example_inputs: Any) -> Entry:
         """The graph of the example's call; without one, of the call that forward's signature suggests."""
         if example_inputs is not None:
-            return self.entry(root, as_call(example_inputs))
+            with switched_off(root):
+                return self.entry(root, as_call(example_inputs))
 
         def by_symbols() -> Entry:
             return self.capture_form(root, default_form(self.function))
@@ -237,17 +240,20 @@ class Momentum:
         if self.chains is None:
             self.chains, self.places = entry.passed.plan.names, places
             return
-        for name, chain in places.items():
-            before = self.places.get(name, chain)
-            if before != chain:
+        for name in sorted(self.places, key=lambda name: bool(places.get(name))):
+            before, now = self.places[name], places.get(name)
+            if before != now and (before or now):
                 raise PlanChangedError(
-                    f"captured for this call or mode, block {name!r} is {_place(chain)}; at first it was "
+                    f"captured for this call or mode, block {name!r} is {_place(now)}; at first it was "
                     f"{_place(before)}. The model would compute another function: exclude these blocks, or "
-                    "momentumize it in the mode and with the arguments you use"
+                    "momentumize it in the mode and with the arguments you use (and without checkpointing that hides "
+                    "its blocks)"
                 )
 
 
-def _place(chain: tuple[str, ...]) -> str:
+def _place(chain: tuple[str, ...] | None) -> str:
+    if chain is None:
+        return "not there"
     return f"in the chain {list(chain)}" if chain else "kept as it is"
 
 
