@@ -190,8 +190,13 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
     def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         if regions.open is not None:
             raise _broken(type(regions.open.root).__name__)
+        handed = gm
         for number, region in enumerate(regions.closed):
             gm = _rewritten(gm, example_inputs, number, region)
+        # What Dynamo notes on the module that it hands over (why the graph ends, say) goes with what takes its place.
+        for name, value in handed.__dict__.items():
+            if not name.startswith("_") and name not in gm.__dict__:
+                setattr(gm, name, value)
         return compiler(gm, example_inputs, *args, **kwargs)
 
     compile_rewritten.__name__ = getattr(compiler, "__name__", "backend")

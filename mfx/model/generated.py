@@ -77,7 +77,15 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         state.pop(_COMPILED, None)
         return _rebuild, (original, method, guarded), state
 
+    def prepare(self: nn.Module) -> Any:
+        raise EntryError(
+            f"{original.__name__} is momentumized and cannot be scripted: TorchScript would compile the source of the "
+            "plain network. torch.jit.trace and torch.compile take it"
+        )
+
     namespace = {
+        # Called by torch.jit.script before anything else.
+        "__prepare_scriptable__": prepare,
         **{name: _guard(original, name) for name in guarded},
         method: run,
         "__reduce_ex__": reduce,

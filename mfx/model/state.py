@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules
 from mfx.capture.call import Form
@@ -131,6 +131,11 @@ class Momentum:
         if self.recorded is not None:
             self.recorded.append(call)
             return self.function(root, *args, **kwargs)
+        if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
+            raise CaptureError(
+                f"{self.original.__name__} is momentumized and cannot be traced symbolically: mfx.graph_of gives its "
+                "graph, or trace the original model"
+            )
         with switched_off(root):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import linecache
 import types
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 from torch import fx, nn
 
 from mfx.run import ChainSpec, run
-
-_serial = count()
 
 
 def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
@@ -37,7 +35,8 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     The root is given twice: as ``self`` for the modules named by path, and as the value that chains take.
     """
     code = graph.python_code("self")
-    filename = f"<mfx {name} {next(_serial)}>"
+    # One name for one text: what is captured anew finds its source again, and traces of both are the same.
+    filename = f"<mfx {name} {hashlib.sha256(code.src.encode()).hexdigest()[:8]}>"
     scope = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)

@@ -71,7 +71,9 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
     """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
-    if not torch.is_grad_enabled() or functions_are_transformed() or forward_derivative_is_on():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    if functions_are_transformed() or forward_derivative_is_on():
         return False
     tensors = [x, velocity, *(operand for group in operands for operand in group)]
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

@@ -147,6 +147,9 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _chain_lines(chain: ChainRow) -> Iterator[str]:
+    if len(chain.gammas) == 1 and chain.gammas[0] > 0:
+        factor = f"{1 - chain.gammas[0]:.3g}"
+        yield f"chain {chain.index} has one block, so it is x + {factor} f(x) and has no momentum"
     if chain.stored:
         yield f"{_head(chain)}; as momentum, activations are stored as well ({chain.stored})"
         return
