@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 import sys
 from collections import Counter
@@ -51,7 +52,7 @@ _CONTAINERS = (
 )
 
 
-_PASSED_BY = (__file__, fx.proxy.__file__, fx._symbolic_trace.__file__, nn.modules.module.__file__)
+_PASSED_BY = (__file__, *map(inspect.getfile, (fx.Proxy, fx.Tracer, nn.Module)))
 
 
 class Constant:

@@ -71,7 +71,7 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
     """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if functions_are_transformed() or forward_derivative_is_on():
         return False
