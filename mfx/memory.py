@@ -20,8 +20,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -108,7 +108,7 @@ def kept_bytes(model: nn.Module, inputs: Iterable[torch.Tensor], forward: Callab
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a training step has alive ``after_forward``, and those it leaves ``after_backward``, above its start."""
+    """Bytes that a training step has alive ``after_forward``, and leaves ``after_backward``, above its start."""
 
     after_forward: int
     after_backward: int
@@ -128,15 +128,30 @@ def step_bytes(
         >>> found is None or found.after_forward // (1 << 20), found is None or found.after_backward // (1 << 20)
         (1, 0)
     """
-    start = allocated_bytes(device)
-    output = forward()
-    middle = allocated_bytes(device)
-    backward(output)
-    del output
-    end = allocated_bytes(device)
+    with settled():
+        start = allocated_bytes(device)
+        output = forward()
+        middle = allocated_bytes(device)
+        backward(output)
+        del output
+        end = allocated_bytes(device)
     if start is None or middle is None or end is None:
         return None
     return StepBytes(middle - start, end - start)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Collect garbage, and leave what is there out of further collections, which then take next to no time."""
+    gc.collect()
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def allocated_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -178,7 +193,7 @@ class _Mallinfo2(ctypes.Structure):
 
 @functools.cache
 def _heap() -> Callable[[], int] | None:
-    """Asks glibc for the bytes it has handed out; None where there is no such function, or tensors come from elsewhere."""
+    """Asks glibc for the bytes it has handed out; None where it cannot tell, or tensors come from elsewhere."""
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):

@@ -139,7 +139,10 @@ def as_recomputed(step: StepSpec) -> Iterator[None]:
     if not step.sees_grad_mode:
         yield
         return
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved):
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved),
+    ):
         yield
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,10 @@ Loss = Callable[[Any], Tensor]
 
 _SMALL = 1e-3
 """A tensor whose norm is a smaller share of its group's is compared on that scale: it may be rounding noise alone."""
+
+
+EXACTNESS = {torch.float64: 1e-10}
+"""How near two runs of the same operations on the same bits must be, by dtype; 1e-5 for all others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +196,15 @@ def error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
 
 def errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     """The error of each tensor, relative to its own norm, or to a thousandth of that of all where it is smaller."""
-    floor = _SMALL * sum(norm(value) ** 2 for value in expected.values()) ** 0.5
+    floor = _SMALL * sum(norm(value) ** 2 for value in expected.values() if value.is_floating_point()) ** 0.5
     scales = {name: max(norm(value), floor) for name, value in expected.items() if name in got}
     found = {name: _distance(got[name], expected[name]) for name in scales}
     return {name: found[name] / scale if scale else found[name] for name, scale in scales.items()}
+
+
+def exactness(values: Iterable[Tensor]) -> float:
+    """The :data:`EXACTNESS` of the finest of some values."""
+    return min((EXACTNESS.get(value.dtype, 1e-5) for value in values), default=1e-5)
 
 
 def norm(value: Tensor) -> float:

@@ -11,14 +11,15 @@ from tabulate import tabulate
 from mfx.errors import MfxError
 from mfx.memory import format_bytes
 
-
 NOISE = 1 << 16
 BLOCK = 1 << 13
 LEAK = 1 << 14
-"""Bytes that a sound run may have alive beyond what was predicted, in all and for each block, and leave behind: nodes of
-autograd, a state of the random generator for each branch that draws (5 KB), freed blocks that the allocator keeps."""
+"""Bytes that a sound run may have alive beyond what was predicted, in all and for each block, and leave behind: nodes
+of autograd, a state of the random generator for each branch that draws (5 KB), freed blocks that are kept."""
 
 _NOT = "NOT OK"
+_ONE = 10
+"""How much more than ``tolerance`` one gradient may differ, where that of all together is kept."""
 _SHOWN = 4
 
 
@@ -55,7 +56,7 @@ class Verification:
     *At gamma = 0 against the original*: the same with ``original_`` before it, ``original_buffer_error`` the largest
     over the buffers after the step; ``original_gradient_errors`` are relative to the gradient's own norm, or to a
     thousandth of that of all gradients where it is smaller.  ``original_draws_same`` says whether the random generators
-    end in the same state.
+    end in the same state; ``original_tolerance`` is what outputs and buffers may differ by.
 
     *Memory*: ``saved_bytes`` are kept for backward by the reversible run, ``saved_bytes_stored`` by the stored one,
     counted by hooks; ``predicted_bytes`` are those of the reversible run and its outputs.  By the allocator,
@@ -83,6 +84,7 @@ class Verification:
     original_buffer_error: float
     original_draws_same: bool
     original_unmatched: dict[str, str]
+    original_tolerance: float
     allocated_bytes: int | None
     allocated_bytes_stored: int | None
     leaked_bytes: int | None
@@ -90,18 +92,20 @@ class Verification:
     @property
     def original_verdict(self) -> str:
         """Whether the momentumized model at gamma = 0 is the original: ``"ok"``, or what differs."""
-        wrong = self._beyond("outputs", self.original_output_error)
-        off = {name: error for name, error in self.original_gradient_errors.items() if not error <= self.tolerance}
-        if off or not self.original_gradient_error <= self.tolerance:
-            wrong.append(f"gradients of {_listed(sorted(off, key=off.__getitem__, reverse=True))} differ")
-        wrong += self._beyond("buffers", self.original_buffer_error)
+        allowed, errors = self.original_tolerance, self.original_gradient_errors
+        wrong = _beyond("outputs", self.original_output_error, allowed)
+        wrong += _beyond("buffers", self.original_buffer_error, allowed)
+        off = sorted((name for name in errors if not errors[name] <= _ONE * self.tolerance), key=errors.__getitem__)
+        which = f"gradients of {_listed(off[::-1])}" if off else "gradients"
+        wrong += _beyond(which, self.original_gradient_error, 0.0 if off else self.tolerance)
         wrong += [] if self.original_draws_same else ["the random generators end in another state"]
         return _verdict(wrong + _alone(self.original_unmatched))
 
     @property
     def reversible_verdict(self) -> str:
         """Whether the reversible run agrees with the stored one: ``"ok"``, or what differs."""
-        wrong = self._beyond("outputs", self.output_error) + self._beyond("gradients", self.gradient_error)
+        wrong = _beyond("outputs", self.output_error, self.tolerance)
+        wrong += _beyond("gradients", self.gradient_error, self.tolerance)
         return _verdict(wrong + _alone(self.unmatched))
 
     @property
@@ -127,9 +131,6 @@ class Verification:
         """Whether no verdict is against it."""
         verdicts = (self.original_verdict, self.reversible_verdict, self.memory_verdict)
         return not any(verdict.startswith(_NOT) for verdict in verdicts)
-
-    def _beyond(self, what: str, error: float) -> list[str]:
-        return [] if error <= self.tolerance else [f"{what} differ by {error:.1e}"]
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the reconstruction error of each chain by depth, on a logarithmic scale, into a file.
@@ -188,6 +189,10 @@ class Verification:
 
 def _verdict(wrong: list[str]) -> str:
     return f"{_NOT}: {'; '.join(wrong)}" if wrong else "ok"
+
+
+def _beyond(what: str, error: float, allowed: float) -> list[str]:
+    return [] if error <= allowed else [f"{what} differ by {error:.1e}"]
 
 
 def _alone(unmatched: dict[str, str]) -> list[str]:
