@@ -1,4 +1,6 @@
-"""Compiled step time, bytes kept and compile time of a momentumized stack over compiled plain backprop.
+"""Compiled step time, bytes and compile time of a momentumized stack over compiled plain backprop.
+
+Bytes are those kept for backward, counted by hooks, and those alive after a forward, by the allocator.
 
 Steps of both run interleaved in one process, and the ratio is that of each pair; printed are median and quartiles.
 The limit of the step time is 1.40, that of the compile time 2.  Compile times are one compilation each of forward
@@ -19,6 +21,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
+from mfx import kept_bytes
+from mfx.memory import step_bytes
 
 
 class Block(nn.Module):
@@ -62,11 +66,12 @@ def measure(depth: int, options: argparse.Namespace) -> list[object]:
         ratios.append(seconds[1] / seconds[0])
     low, middle, high = statistics.quantiles(ratios[2:], n=4)
     models = (plain, pure)
-    kept = [
-        mfx.kept_bytes(model, [x], lambda net=net: net(x))[0] / 2**20 for model, net in zip(models, nets, strict=True)
-    ]
+    kept = [kept_bytes(model, [x], lambda net=net: net(x))[0] / 2**20 for model, net in zip(models, nets, strict=True)]
+    steps = [step_bytes(lambda net=net: net(x), lambda y: y.square().mean().backward(), x.device) for net in nets]
+    alive = ["" if found is None else f"{found.after_forward / 2**20:.2f}" for found in steps]
+    sizes = f"{kept[0]:.2f}", alive[0], f"{kept[1]:.2f}", alive[1]
     times = f"{compiling[0]:.1f}", f"{compiling[1]:.1f}", f"{compiling[1] / compiling[0]:.2f}"
-    return [depth, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{kept[0]:.2f}", f"{kept[1]:.2f}", *times]
+    return [depth, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", *sizes, *times]
 
 
 def main() -> None:
@@ -90,7 +95,15 @@ def main() -> None:
         rows.append(measure(depth, options))
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, {options.backend}, dropout {options.dropout}, {options.rounds} rounds")
-    headers = ["depth", "step, momentum / plain", "quartiles", "plain MiB", "momentum MiB"]
+    headers = [
+        "depth",
+        "step, momentum / plain",
+        "quartiles",
+        "plain MiB: kept",
+        "alive",
+        "momentum MiB: kept",
+        "alive",
+    ]
     print(tabulate(rows, [*headers, "compile plain s", "momentum s", "ratio"], disable_numparse=True))
 
 

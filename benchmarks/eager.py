@@ -20,6 +20,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
+from mfx import kept_bytes
+from mfx.memory import step_bytes
 
 
 class TransformerBlock(nn.Module):
@@ -77,7 +79,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def measure(name: str, model: nn.Module, x: Tensor, rounds: int) -> list[object]:
-    """A row of the table: ratio of step times, and bytes kept by each."""
+    """A row of the table: ratio of step times, and bytes of each, kept and alive."""
     stored = mfx.momentumize(model, 0.9, reversible=False)
     reversible = mfx.momentumize(model, 0.9)
     steps = step(reversible, x), step(stored, x)
@@ -85,8 +87,24 @@ def measure(name: str, model: nn.Module, x: Tensor, rounds: int) -> list[object]
         run()
     ratios = [seconds(steps[0]) / seconds(steps[1]) for _ in range(rounds)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    kept = [mfx.kept_bytes(mm, [x], lambda mm=mm: mm(x))[0] / 2**20 for mm in (stored, reversible)]
-    return [name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{kept[0]:.1f}", f"{kept[1]:.1f}"]
+    sizes = [mebibytes(size) for mm in (stored, reversible) for size in (kept(mm, x), alive(mm, x))]
+    return [name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", *sizes]
+
+
+def kept(mm: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward keeps for backward, counted by hooks: the prediction."""
+    return kept_bytes(mm, [x], lambda: mm(x))[0]
+
+
+def alive(mm: nn.Module, x: Tensor) -> int | None:
+    """Bytes that are alive after a forward, by the allocator."""
+    found = step_bytes(lambda: mm(x), lambda y: y.square().mean().backward(), x.device)
+    return None if found is None else found.after_forward
+
+
+def mebibytes(size: int | None) -> str:
+    """A size for the table."""
+    return "" if size is None else f"{size / 2**20:.1f}"
 
 
 def main() -> None:
@@ -107,7 +125,15 @@ def main() -> None:
     ]
     where = torch.cuda.get_device_name() if large else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, depth {options.depth}, {options.rounds} rounds")
-    headers = ["stack", "time, reversible / stored", "quartiles", "stored MiB", "reversible MiB"]
+    headers = [
+        "stack",
+        "time, reversible / stored",
+        "quartiles",
+        "stored MiB: kept",
+        "alive",
+        "reversible MiB: kept",
+        "alive",
+    ]
     print(tabulate(rows, headers=headers, disable_numparse=True))
 
 

@@ -4,7 +4,8 @@ Each cell trains nothing: one backward of a stack of residual blocks in float32,
 
 1. *error*: relative L2 error over the gradients of all parameters, reversible against stored activations, each
    library against its own stored run of the same weights and input;
-2. *memory*: bytes kept for backward by mfx's reversible run as a fraction of the stored one's;
+2. *memory*: bytes kept for backward by mfx's reversible run as a fraction of the stored one's; *alive*: the same by
+   the allocator, after forward;
 3. *state*: the tensors of x's size that the chain keeps, and their dtype ("x" where every x is kept).
 
     python benchmarks/precision.py [--width 16] [--batch 64] [--depths 8 32 100 300 1000] [--out FILE]
@@ -28,6 +29,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import mfx
+from mfx import kept_bytes
+from mfx.memory import step_bytes
 from mfx.model.state import momentum_of
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
@@ -76,16 +79,17 @@ def of_mfx(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[str, Any
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrong = error(gradient(reversible, x), gradient(stored, x))
-    share = (
-        mfx.kept_bytes(reversible, [x], lambda: reversible(x))[0] / mfx.kept_bytes(stored, [x], lambda: stored(x))[0]
-    )
+    share = kept_bytes(reversible, [x], lambda: reversible(x))[0] / kept_bytes(stored, [x], lambda: stored(x))[0]
+    held = [step_bytes(lambda mm=mm: mm(x), lambda y: None) for mm in (reversible, stored)]
+    alive = "" if None in held else f"{held[0].after_forward / held[1].after_forward:.1%}"
     (spec,) = momentum_of(reversible).latest()
     plan = spec.schedule(x.dtype)
     count = plan.state_count(len(functions))
     dtype = str(plan.state_dtype).removeprefix("torch.")
     state = f"{count} x, {dtype}" if len(plan.snapshots) == len(functions) else f"{count}, {dtype}"
     warned = any(issubclass(one.category, mfx.DriftWarning) for one in caught)
-    return {"mfx error": f"{wrong:.0e}" + (" (warned)" if warned else ""), "memory": f"{share:.1%}", "state": state}
+    text = f"{wrong:.0e}" + (" (warned)" if warned else "")
+    return {"mfx error": text, "memory": f"{share:.1%}", "alive": alive, "state": state}
 
 
 def of_momentumnet(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[str, str]:
@@ -99,7 +103,7 @@ def of_momentumnet(functions: list[nn.Module], gamma: float, x: Tensor) -> dict[
         own = [copy.deepcopy(f) for f in functions]
         network = momentumnet.MomentumNet(own, gamma=gamma, use_backprop=stored)
         try:
-            size, output = mfx.kept_bytes(network, [x], lambda network=network: network(x))
+            size, output = kept_bytes(network, [x], lambda network=network: network(x))
             found = torch.autograd.grad(output.square().mean(), list(network.parameters()))
         except Exception as reason:
             return {"momentumnet error": f"raises {type(reason).__name__}", "its memory": ""}
@@ -157,8 +161,9 @@ TITLES = {
 INTRODUCTION = """# Gradient error and memory by gamma and depth
 
 Relative L2 error over the gradients of all parameters, reversible against stored activations of the same recurrence
-(each library against its own); bytes that mfx keeps for backward as a fraction of the stored run's; the tensors of
-x's size that the chain keeps. Errors above 1e-3 are bold: momentumnet 0.10 gives them without a warning.
+(each library against its own); bytes that mfx keeps for backward as a fraction of the stored run's, counted by hooks
+(memory) and by the allocator after forward (alive); the tensors of x's size that the chain keeps. Errors above 1e-3
+are bold: momentumnet 0.10 gives them without a warning.
 
 Setting: {setting}. Made by `python benchmarks/precision.py`.
 """

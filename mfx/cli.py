@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, summary in (
         ("report", _report, "which residual blocks can be rewritten, which cannot, and why"),
-        ("verify", _verify, "the reversible run against the stored one, on random inputs"),
+        (
+            "verify",
+            _verify,
+            "against the original at gamma = 0, reversible against stored, and memory, on random inputs",
+        ),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)

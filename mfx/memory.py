@@ -1,17 +1,28 @@
-"""Memory: how many bytes autograd keeps for backward.
+"""Memory: how many bytes autograd keeps for backward, by prediction, and how many are alive, by the allocator.
 
-Counted are the distinct storages that are alive in saved tensors when the forward has ended, but for
-parameters, buffers and inputs, which are there anyway.  On fake tensors the same count is a prediction that
-needs no memory and no time.
+1. *Kept* (:class:`KeptBytes`) are the distinct storages that are alive in saved tensors when the forward has ended, but
+   for parameters, buffers and inputs, which are there anyway.  On fake tensors the same count is a prediction that
+   needs no memory and no time.
+2. *Allocated* (:func:`allocated_bytes`) is what the device's allocator has handed out and not got back.  Only this
+   shows what is held by something else than a saved tensor, such as a reference cycle (M14): CUDA's caching allocator
+   is asked by torch, the C library of the CPU by glibc's ``mallinfo2``.
+3. :class:`StepBytes` holds what one training step has alive after its forward and leaves after its backward.
 
 Known limits: what a backward keeps beside saved tensors (the generator's state for each block that draws: 5 KB
-on the CPU, 16 bytes on CUDA) is not counted.
+on the CPU, 16 bytes on CUDA) is not counted as kept.  On the CPU all threads of the process count, Python's small
+objects do not (they come from arenas of Python's own), freed blocks below 1 KB may still count, and there is no peak;
+other C libraries than glibc 2.33 or later, and allocators put in its place, cannot be asked: None.
+Source: glibc's malloc/malloc.c (``mallinfo2``), torch/cuda/memory.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+import ctypes
+import functools
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -64,7 +75,8 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
         self._hooks.__exit__(kind, value, trace)
 
     def _pack(self, tensor: torch.Tensor) -> _Held:
-        held = _Held(tensor, self.owner, next(self._order))
+        # Without its history: a node that saves its own result would be held by what it holds, for ever.
+        held = _Held(tensor.detach(), self.owner, next(self._order))
         self._held.add(held)
         return held
 
@@ -80,9 +92,11 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
                 sizes[held.owner] = sizes.get(held.owner, 0) + size
         return sizes
 
-    def total(self) -> int:
-        """Bytes kept in all."""
-        return sum(self.by_owner().values())
+    def total(self, also: Iterable[torch.Tensor] = ()) -> int:
+        """Bytes kept in all; with those of the tensors ``also`` that are not among them."""
+        seen = self._apart | {_storage(held.tensor) for held in self._held}
+        others = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in also}
+        return sum(self.by_owner().values()) + sum(size for storage, size in others.items() if storage not in seen)
 
 
 def kept_bytes(model: nn.Module, inputs: Iterable[torch.Tensor], forward: Callable[[], Any]) -> tuple[int, Any]:
@@ -90,6 +104,111 @@ def kept_bytes(model: nn.Module, inputs: Iterable[torch.Tensor], forward: Callab
     with KeptBytes([*model.parameters(), *model.buffers(), *inputs]) as kept:
         output = forward()
     return kept.total(), output
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that a training step has alive ``after_forward``, and leaves ``after_backward``, above its start."""
+
+    after_forward: int
+    after_backward: int
+
+
+def step_bytes(
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device | str = "cpu"
+) -> StepBytes | None:
+    """What one training step holds, by the allocator of ``device``; None where that cannot be asked.
+
+    The first steps of a model also make what stays (gradients, captured graphs, workspaces of kernels).
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1 << 18, requires_grad=True)
+        >>> found = step_bytes(lambda: x.exp().sum(), lambda y: torch.autograd.grad(y, x))
+        >>> found is None or found.after_forward // (1 << 20), found is None or found.after_backward // (1 << 20)
+        (1, 0)
+    """
+    with settled():
+        start = allocated_bytes(device)
+        output = forward()
+        middle = allocated_bytes(device)
+        backward(output)
+        del output
+        end = allocated_bytes(device)
+    if start is None or middle is None or end is None:
+        return None
+    return StepBytes(middle - start, end - start)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Collect garbage, and leave what is there out of further collections, which then take next to no time."""
+    gc.collect()
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def allocated_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that the allocator of ``device`` has handed out and not got back, after a collection of garbage.
+
+    None where the allocator cannot be asked.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cpu":
+        ask = _heap()
+        return None if ask is None else ask()
+    ask = getattr(torch.get_device_module(device), "memory_allocated", None) if device.type != "meta" else None
+    return None if ask is None else int(ask(device))
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device | str) -> int | None:
+    """The most bytes alive at once while ``run()`` runs, above its start; None where there is no such count (the CPU).
+
+    The device's peak is reset for it.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    start = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+class _Mallinfo2(ctypes.Structure):
+    """``struct mallinfo2``: ``uordblks`` are bytes handed out of the heaps, ``hblkhd`` those mapped one by one."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@functools.cache
+def _heap() -> Callable[[], int] | None:
+    """Asks glibc for the bytes it has handed out; None where it cannot tell, or tensors come from elsewhere."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return None
+    mallinfo2.restype = _Mallinfo2
+
+    def ask() -> int:
+        found = mallinfo2()
+        return int(found.uordblks + found.hblkhd)
+
+    start = ask()
+    tensor = torch.empty(1 << 24, dtype=torch.uint8)
+    seen = ask() - start
+    # Another allocator in malloc's place (jemalloc, tcmalloc) leaves glibc's figures where they were.
+    return ask if seen >= tensor.nbytes else None
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -132,13 +132,17 @@ def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
 def as_recomputed(step: StepSpec) -> Iterator[None]:
     """The grad mode of the recomputation, for branches that look at it.
 
-    What autograd would save is dropped at once: kept as it is, a node that saves its own result would be a cycle that
-    nothing frees.
+    What autograd saves it saves without history, and it goes with the branch's value: kept as it is, a node that saves
+    its own result would be a cycle that nothing frees (M14).  Dropped altogether, a branch that differentiates inside
+    could not run.
     """
     if not step.sees_grad_mode:
         yield
         return
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing):
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved),
+    ):
         yield
 
 

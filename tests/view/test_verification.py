@@ -1,16 +1,28 @@
-"""verify: what it measures, in which mode, on which loss; what it leaves as it was; the plot."""
+"""verify: what it measures and notices, in which mode, on which loss; what it leaves as it was; the plot."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import random
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Block, ConvNet, Net, images, rows
 from torch import Tensor, nn
 
 import mfx
+from mfx import memory
+from mfx.cli import main
+from mfx.memory import allocated_bytes
+from mfx.run import reversible
+from mfx.run.recompute import Rerun
+from mfx.view import verification
 
 
 class TwoChains(nn.Module):
@@ -120,3 +132,263 @@ def test_the_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(mfx.MfxError, match=r"mfx\[plot\]"):
         mfx.verify(Net(2), rows()).plot(tmp_path / "errors.png")
+
+
+class Cut(Net):
+    """Loses the stem's gradient, as a capture that lost a function of its own would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x).detach()))
+
+
+class Doubled(Net):
+    """The right value, and twice the stem's gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.head(self.blocks(y + (y - y.detach())))
+
+
+class Scaled(Net):
+    """Another value by far less than a tolerance for half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.0001 * super().forward(x)
+
+
+class Wasteful(Net):
+    """Draws a number that it does not use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0 * torch.rand(()).to(x))
+
+
+class TwiceNormalized(ConvNet):
+    """Moves a batch norm's statistics twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 0 * self.blocks[0].bn(self.stem(x)).sum()
+
+
+@pytest.fixture
+def captured_as(monkeypatch):
+    """Let a capture make another class of the model, in silence: the same parameters, another forward."""
+
+    def use(kind: type[nn.Module]) -> None:
+        def momentumized(model: nn.Module, gamma: Any, **options: Any) -> nn.Module:
+            twin = copy.copy(model)
+            twin.__class__ = kind
+            return mfx.momentumize(twin, gamma, **options)
+
+        monkeypatch.setattr(verification, "momentumize", momentumized)
+
+    return use
+
+
+@pytest.mark.parametrize("kind", [Net, Doubled, Scaled, Wasteful])
+def test_two_runs_of_one_wrong_capture_agree_and_still_are_not_the_original(captured_as, kind):
+    captured_as(kind)
+    result = mfx.verify(Net(3), rows(), gamma=0.9)
+    assert result.reversible_verdict == "ok"
+    assert result.ok is (kind is Net)
+    assert result.original_verdict.startswith("ok" if kind is Net else "NOT OK: ")
+    wrong = {Net: "ok", Doubled: "gradients of ", Scaled: "outputs differ by 1.0e-04", Wasteful: "random generators"}
+    assert wrong[kind] in result.original_verdict
+    assert json.loads(json.dumps(result.to_dict()))["original_verdict"] == result.original_verdict
+    assert result.original_verdict in str(result)
+
+
+def test_a_gradient_that_only_one_side_has_is_named(captured_as):
+    captured_as(Cut)
+    result = mfx.verify(Net(3), rows(), gamma=0.9)
+    assert not result.ok
+    lost = {"stem.weight", "stem.bias", "input 0"}
+    assert result.original_unmatched == dict.fromkeys(lost, "original only")
+    assert all(name in result.original_verdict for name in lost)
+    assert result.unmatched == {}
+
+
+def test_a_gradient_that_only_the_momentumized_model_has_is_named(captured_as):
+    captured_as(Net)
+    result = mfx.verify(Cut(3), rows(), gamma=0.9)
+    assert not result.ok
+    assert result.original_unmatched["stem.bias"] == "momentumized only"
+
+
+def test_statistics_that_move_twice_are_not_ok(captured_as):
+    captured_as(TwiceNormalized)
+    result = mfx.verify(ConvNet(3), images(), gamma=0.9)
+    assert result.original_buffer_error > 1e-3
+    assert "buffers differ" in result.original_verdict
+    assert not result.ok
+
+
+def test_gradients_that_the_reversible_run_alone_loses_are_named(monkeypatch):
+    real = Rerun.differentiate
+
+    def forgetful(self: Rerun, *given: Any) -> Any:
+        value, grads = real(self, *given)
+        return value, [grads[0], *([None] * (len(grads) - 1))] if self.index == 1 else grads
+
+    monkeypatch.setattr(Rerun, "differentiate", forgetful)
+    result = mfx.verify(Net(3), rows(), gamma=0.9)
+    assert not result.ok
+    assert result.unmatched["blocks.1.up.weight"] == "stored only"
+    assert "blocks.1.up.weight" in result.reversible_verdict
+
+
+class Attentive(nn.Module):
+    """x + attention(x): a branch that is run as in its recomputation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x)[0]
+
+
+@pytest.mark.skipif(allocated_bytes() is None, reason="the C library's allocator cannot be asked")
+def test_a_leak_is_not_ok(monkeypatch):
+    """The allocator sees a cycle of nodes that save their own results; saved tensors do not show it (M14)."""
+
+    @contextlib.contextmanager
+    def leaking(step: Any) -> Iterator[None]:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            yield
+
+    model, x = nn.Sequential(*(Attentive() for _ in range(4))), torch.randn(8, 32, 32)
+    sound = mfx.verify(model, x)
+    assert sound.memory_verdict == "ok"
+    assert sound.allocated_bytes is not None
+    assert sound.allocated_bytes_stored is not None
+    assert sound.predicted_bytes - 4096 <= sound.allocated_bytes < sound.allocated_bytes_stored / 3
+    monkeypatch.setattr(reversible, "as_recomputed", leaking)
+    result = mfx.verify(model, x)
+    assert result.saved_bytes == sound.saved_bytes
+    assert result.reversible_verdict == result.original_verdict == "ok"
+    assert "more are alive than predicted" in result.memory_verdict
+    assert "behind" in result.memory_verdict
+    assert not result.ok
+
+
+def test_where_the_allocator_cannot_be_asked_memory_is_not_measured(monkeypatch):
+    monkeypatch.setattr(memory, "_heap", lambda: None)
+    result = mfx.verify(Net(2), rows())
+    assert (result.allocated_bytes, result.leaked_bytes) == (None, None)
+    assert result.memory_verdict == "not measured"
+    assert result.ok
+    assert "not measured" in str(result)
+
+
+class Kept32(Block):
+    """Its middle stays in float32 under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = self.up(self.norm(x.float()))
+        return x + self.down(F.gelu(y))
+
+
+class LostIsland(Kept32):
+    """The same as a capture that loses the region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x.float()))))
+
+
+def test_an_autocast_region_that_is_lost_shows_under_a_tolerance_for_half_precision(monkeypatch):
+    def momentumized(model: nn.Module, gamma: Any, **options: Any) -> nn.Module:
+        twin = copy.deepcopy(model)
+        for block in twin.blocks:
+            block.__class__ = LostIsland
+        return mfx.momentumize(twin, gamma, **options)
+
+    monkeypatch.setattr(verification, "momentumize", momentumized)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = mfx.verify(Net(3, block=Kept32).float(), rows().float())
+    assert result.original_gradient_error <= result.tolerance
+    assert "outputs differ" in result.original_verdict
+    assert not result.ok
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": {"blocks.1": 0.5, "*": 0.9}},
+        {"gamma": {"blocks.[01]": 0.5}},
+        {"velocity": "first"},
+        {"velocity": lambda chain: nn.Linear(6, 6, dtype=torch.float64)},
+        {"exclude": "blocks.1"},
+        {"modules": "blocks.*"},
+        {"state_dtype": torch.float64},
+        {"capture": "dynamo"},
+    ],
+    ids=str,
+)
+def test_the_options_hold_in_every_comparison(options):
+    network = Net(4, p=0.3)
+    result = mfx.verify(network, rows(), **options)
+    assert result.ok, str(result)
+    assert result.original_output_error <= 1e-14
+    assert set(result.original_gradient_errors) == {*dict(network.named_parameters()), "input 0"}
+    assert ("momentum_velocity.0.weight" in result.gradient_errors) is callable(options.get("velocity"))
+
+
+def test_a_finer_state_than_the_models_is_held_against_the_stored_run_alone():
+    result = mfx.verify(Net(4).bfloat16(), rows().bfloat16(), gamma=0.9, state_dtype=torch.float64)
+    assert result.original_output_error == 0.0
+    assert result.ok
+
+
+def test_buffers_that_are_replaced_and_generators_are_afterwards_as_before():
+    model, x, before = Net(2, p=0.0), rows(), random.getstate()
+    model.register_buffer("calls", torch.zeros(()))
+    calls, state = model.calls, torch.get_rng_state()
+
+    def loss(output: Tensor) -> Tensor:
+        model.calls.add_(1)
+        model.calls = model.calls + 1
+        return output.sum() * random.random()
+
+    assert mfx.verify(model, x, loss=loss).original_gradient_error == 0.0
+    assert model.calls is calls
+    assert float(calls) == 0.0
+    assert random.getstate() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Cache:
+    """What a model hands out beside its value, as no tree of tensors."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.keys = keys
+
+
+class Caching(Net):
+    def forward(self, x: Tensor) -> Any:
+        y = self.blocks(self.stem(x))
+        return {"value": self.head(y), "cache": Cache([y])}
+
+
+def test_tensors_in_objects_that_the_model_returns_count_as_outputs():
+    result = mfx.verify(Caching(2), rows())
+    assert result.ok
+    assert result.original_output_error == 0.0
+
+
+def test_the_command_line_says_by_its_status_whether_all_is_well(captured_as, capsys):
+    arguments = ["verify", "nets:Net", "--input", "5,4", "--dtype", "float64"]
+    assert main(arguments) == 0
+    assert "against the original at gamma = 0" in capsys.readouterr().out
+    captured_as(Scaled)
+    assert main(arguments) == 1
+    assert "NOT OK: outputs differ by 1.0e-04" in capsys.readouterr().out
+
+
+def test_the_error_of_a_chain_is_that_of_its_own_parameters():
+    """In float32 reversing leaves some rounding; with no parameter to look at, the error would be 0."""
+    found = mfx.verify(Net(12, p=0.0).float(), rows().detach().float(), gamma=0.7)
+    (chain,) = found.chains
+    assert 0 < chain.gradient_error < 1e-4
