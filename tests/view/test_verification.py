@@ -389,6 +389,7 @@ def test_the_command_line_says_by_its_status_whether_all_is_well(captured_as, ca
 
 def test_the_error_of_a_chain_is_that_of_its_own_parameters():
     """In float32 reversing leaves some rounding; with no parameter to look at, the error would be 0."""
-    found = mfx.verify(Net(12, p=0.0).float(), rows().detach().float(), gamma=0.7)
+    x, options = rows().detach().float(), {"state_dtype": torch.float32, "tolerance": 1e-2}
+    found = mfx.verify(Net(12, p=0.0).float(), x, gamma=0.7, **options)
     (chain,) = found.chains
-    assert 0 < chain.gradient_error < 1e-4
+    assert 0 < chain.gradient_error < 1e-2
