@@ -68,9 +68,7 @@ class Oracle:
         self.training = model.training
         tensors = dict(network.named_parameters(remove_duplicate=False))
         tensors |= dict(network.named_buffers(remove_duplicate=False))
-        self.program = Program(
-            model, tensors, lambda: (self.training and not model.frozen_norms, self.training)
-        )
+        self.program = Program(model, tensors, lambda: (self.training and not model.frozen_norms, self.training))
         rules = Rules(self.program, model.example)
         patterns = gamma.items() if isinstance(gamma, Mapping) else [("*", gamma)]
         self.gammas = {
@@ -203,7 +201,11 @@ class Rules:
     def _checked(self, skip: Op, value: Op, add: Op, tail: tuple[Op, ...] = ()) -> Found | None:
         """The block, if it can be one."""
         goals = {value, *(add.inputs if tail else ())}
-        inside = {op for op in self.program.ops if skip in self.above[op] and any(op is g or op in self.above[g] for g in goals)}
+        inside = {
+            op
+            for op in self.program.ops
+            if skip in self.above[op] and any(op is g or op in self.above[g] for g in goals)
+        }
         inside |= set(tail)
         nodes = frozenset({*inside, add, *self._passed(skip, add)})
         if self.shapes and value.width != skip.width:
@@ -215,7 +217,11 @@ class Rules:
     def _seen_by_others(self, skip: Op, add: Op, tail: tuple[Op, ...], inside: set[Op], nodes: frozenset[Op]) -> bool:
         """Whether an in-place write of the block changes a value that somebody else reads."""
         end = tail[-1] if tail else None
-        read = {op for op in inside if op is not end and (op in self.outside or any(r not in nodes for r in self.readers[op]))}
+        read = {
+            op
+            for op in inside
+            if op is not end and (op in self.outside or any(r not in nodes for r in self.readers[op]))
+        }
         own_sum = self.memory[add]
         for op in inside - {add}:
             owner = self.memory[op]

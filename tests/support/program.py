@@ -60,13 +60,17 @@ class Program:
         in_training: whether normalization, and whether everything else, is in training mode, when asked.
     """
 
-    def __init__(self, model: Model, tensors: Mapping[str, Tensor], in_training: Callable[[], tuple[bool, bool]]) -> None:
+    def __init__(
+        self, model: Model, tensors: Mapping[str, Tensor], in_training: Callable[[], tuple[bool, bool]]
+    ) -> None:
         self.tensors = tensors
         self.in_training = in_training
         self.ops: list[Op] = []
         self.handed_out: list[Op] = []
         root = Call("")
-        self.inputs = tuple(self.op(root, name, (), None, width) for name, width in (("x", WIDTH), ("mask", 1), ("memory", 1)))
+        self.inputs = tuple(
+            self.op(root, name, (), None, width) for name, width in (("x", WIDTH), ("mask", 1), ("memory", 1))
+        )
         x = self.layer(root, "stem", "linear", self.inputs[0])
         for index, stage in enumerate(model.stages):
             x = self.stage(f"stages.{index}", stage, x)
@@ -136,6 +140,8 @@ class Program:
         """The layer of a name, with the parameters and buffers at ``path``."""
         tensors = {key: self.tensors.get(f"{path}.{key}") for key in ("weight", "bias", "mean", "var")}
         weight, bias, mean, var = tensors.values()
+        if name.startswith("autocast_"):  # which spares float64
+            return self.layer(call, f"{path}.linear", "linear", x)
         if name == "linear":
             return self.op(call, name, (x,), lambda x: F.linear(x, weight, bias), width, learns=True)
         if name == "norm":
@@ -148,7 +154,7 @@ class Program:
             in_place = name.endswith("_in_place")
             run = lambda x: F.dropout(x, 0.3, self.in_training()[1], in_place)  # noqa: E731
         else:
-            run = {"relu": F.relu, "relu_in_place": F.relu_, "tanh": torch.tanh, "tanh_in_place": torch.tanh_}[name]
+            run = _PLAIN[name]
         return self.op(call, name, (x,), run, keeps=True, learns="norm" in name, writes=name.endswith("_in_place"))
 
     def _batch_norm(self, path: str, x: Tensor) -> Tensor:
@@ -160,3 +166,13 @@ class Program:
         if training:
             count.add_(1)
         return F.batch_norm(x, mean, var, weight, bias, training)
+
+
+_PLAIN = {
+    "relu": F.relu,
+    "relu_in_place": F.relu_,
+    "tanh": torch.tanh,
+    "tanh_in_place": torch.tanh_,
+    "rounded": lambda x: x + ((4 * x).round() / 4 - x).detach(),
+    "gate": lambda x: x * torch.sigmoid(x.detach()),
+}
