@@ -11,6 +11,7 @@ from compiled import handed
 from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
+collect_ignore = ["mutations.py"]
 
 # Whether drawing is too slow depends on the machine, so that a run would not be repeatable; the other checks stay on.
 # Explaining a failure takes longer than finding it.
@@ -20,6 +21,8 @@ settings.register_profile("dev", _common, max_examples=30, derandomize=True)
 settings.register_profile("ci", _common, max_examples=500, derandomize=True)
 # Fresh examples each time; says how to repeat a failure, and keeps it in .hypothesis/ for the next run.
 settings.register_profile("search", _common, max_examples=2000, derandomize=False)
+# Whether a failure is found, not which is the smallest.
+settings.register_profile("mutations", _common, max_examples=30, derandomize=True, phases=[Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -139,7 +139,7 @@ class Rules:
         self.readers: dict[Op, list[Op]] = {op: [] for op in program.ops}
         for op in program.ops:
             self.above[op] = set(op.inputs).union(*(self.above[source] for source in op.inputs))
-            self.memory[op] = self.memory[op.inputs[0]] if op.writes or op.passes else op
+            self.memory[op] = self.memory[op.inputs[0]] if op.writes or op.passes or op.may_pass else op
             for source in set(op.inputs):
                 self.readers[source].append(op)
         self.outside = {*program.handed_out, program.result}
@@ -174,7 +174,7 @@ class Rules:
         written = {self.memory[op] for op in self.program.ops if op.writes and (self.memory[op], op) not in own}
         late, used = set[Op](), set[Op]()
         for op in self.program.ops[chain[0].skip.position + 1 : chain[-1].end.position + 1]:
-            memories = {self.memory[each] for each in (op, *op.inputs)} & written
+            memories = {self.memory[each] for each in op.inputs} & written
             if op not in inside and any(source in inside or source in late for source in op.inputs):
                 late.add(op)
                 used |= memories

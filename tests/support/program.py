@@ -30,7 +30,8 @@ class Op:
     """One operation; the first of its ``inputs`` is what it is applied to.
 
     ``width`` is the size of its last dimension, ``keeps`` whether it keeps the shape of what it is applied to whatever
-    that is.  ``writes`` says that it writes into that, ``passes`` that it is that.  An add is ``left + scale * right``.
+    that is.  ``writes`` says that it writes into that, ``passes`` that it is that, ``may_pass`` that it is so in evaluation mode.
+    An add is ``left + scale * right``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Op:
     learns: bool = False
     writes: bool = False
     passes: bool = False
+    may_pass: bool = False
     scale: float = 0.0
     returned: list[Call] = field(default_factory=list)
 
@@ -155,7 +157,8 @@ class Program:
             run = lambda x: F.dropout(x, 0.3, self.in_training()[1], in_place)  # noqa: E731
         else:
             run = _PLAIN[name]
-        return self.op(call, name, (x,), run, keeps=True, learns="norm" in name, writes=name.endswith("_in_place"))
+        kind = {"learns": "norm" in name, "writes": name.endswith("_in_place"), "may_pass": "dropout" in name}
+        return self.op(call, name, (x,), run, keeps=True, **kind)
 
     def _batch_norm(self, path: str, x: Tensor) -> Tensor:
         mean, var, count, weight, bias = (
