@@ -84,7 +84,7 @@ MUTATIONS = (
     Mutation("generator left where the recomputation ends", "run/conditions.py",
              "            yield\n        finally:\n            _set_generator_states(self.device, now)",
              "            yield\n        finally:\n            pass"),
-    Mutation("buffers not put back", "run/conditions.py", "                module._buffers[name] = value.clone()\n", ""),
+    Mutation("buffers not put back", "run/conditions.py", "module._buffers[name] = value.clone()", "pass"),
     Mutation("batch norm twice", "run/conditions.py", "if flag and _runs_without_buffers(module):", "if False:"),
     Mutation("autocast lost", "run/recompute.py", "with setting.autocast(), self.conditions", "with self.conditions"),
     Mutation("training flags as they are now", "run/conditions.py",
@@ -105,7 +105,7 @@ MUTATIONS = (
              "            recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)\n"),
     Mutation("exact arithmetic does not round", "rule/carry.py", "return _rounded(branch, per_v * (step",
              "return branch * (per_v * (step"),
-    Mutation("double backward not refused", "run/reversible.py", "    if torch.is_grad_enabled():\n", "    if False:\n"),
+    Mutation("double backward not refused", "run/reversible.py", "if torch.is_grad_enabled():", "if False:"),
 )  # fmt: skip
 
 

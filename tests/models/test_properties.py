@@ -104,7 +104,7 @@ def test_what_a_capture_may_lose_is_right_at_gamma_0_or_refused(model):  # M1, M
     except (mfx.MfxError, mfx.MfxWarning) as said:
         event(type(said).__name__)
         return
-    assert_same(found, run(original, *inputs(model)), 1e-10 if model.precision == "double" else 1e-5)
+    assert_same(found, run(original, *inputs(model)), 1e-10 if model.precision == "double" else 1e-4)
 
 
 @fewer
@@ -113,6 +113,7 @@ def test_side_effects_happen_once_and_no_parameter_is_lost(model):  # M5
     network = build(model)
     plain = run_if_possible(network, model)
     momentum = run(momentumized(network, model, gamma=0.7), *inputs(model))
+    assert torch.equal(torch.get_rng_state(), momentum.generator_state), "backward left the generator elsewhere"
     assert torch.equal(momentum.generator_state, plain.generator_state)
     counts = {name: count for name, count in plain.buffers.items() if name.endswith("num_batches_tracked")}
     assert all(torch.equal(momentum.buffers[name], count) for name, count in counts.items())

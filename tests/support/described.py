@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from layers import FunctionalBatchNorm, layer
 from strategies import ISLANDS, ROWS, WIDTH, Block, Model, Stage
 from torch import Tensor, nn
 
@@ -22,16 +22,17 @@ class Sides:
 def inputs(model: Model, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The input, a mask and a memory."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64).to(model.dtype)
-    mask = torch.rand(ROWS, 1, generator=generator, dtype=torch.float64) < 0.5
-    memory = torch.randn(ROWS, 1, generator=generator, dtype=torch.float64).to(model.dtype)
+    x, memory, level = (torch.randn(ROWS, width, generator=generator).to(model.dtype) for width in (WIDTH, 1, 1))
+    mask = level < 0
     return x.requires_grad_(model.input_grad), mask, memory.requires_grad_(model.input_grad)
 
 
-def packed(model: Model, x: Tensor, mask: Tensor, memory: Tensor) -> tuple[Any, ...]:
-    """The arguments as the network's forward takes them."""
+def packed(model: Model, x: Tensor, mask: Tensor, memory: Tensor, reused: Sides | None = None) -> tuple[Any, ...]:
+    """The arguments as the network's forward takes them; an object may be used again, with other values."""
     if model.arguments == "object":
-        return x, Sides(mask, memory)
+        sides = reused or Sides(mask, memory)
+        sides.mask, sides.memory = mask, memory
+        return x, sides
     if model.arguments == "dict":
         return x, {"mask": mask, "memory": memory}
     return (x, [mask, memory]) if model.arguments == "list" else (x, mask, memory)
@@ -44,10 +45,11 @@ class Called(nn.Module):
         super().__init__()
         self.network = network
         self.model = model
+        self.sides = Sides(torch.empty(0), torch.empty(0))
 
     def forward(self, x: Tensor, mask: Tensor, memory: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16, self.model.precision == "autocast"):
-            return self.network(*packed(self.model, x, mask, memory))
+            return self.network(*packed(self.model, x, mask, memory, self.sides))
 
 
 def build(model: Model) -> nn.Module:
@@ -73,16 +75,22 @@ def set_mode(network: nn.Module, model: Model, training: bool) -> nn.Module:
 
 
 def tie(network: nn.Module) -> None:
-    """Let the last block's first layer share its weight with that of the first block of its width."""
-    layers = [block.layers[0] for block in network.modules() if isinstance(block, Residual)]
-    first = next(layer for layer in layers if layer.weight.shape == layers[-1].weight.shape)
-    layers[-1].weight = first.weight
+    """Let two layers share a weight: of one block if any has two of a size, else the first and last of the network."""
+    one, other = _alike(network)
+    other.weight = one.weight
 
 
 def untie(network: nn.Module) -> None:
-    """Give the last block's first layer a weight of its own."""
-    last = [block.layers[0] for block in network.modules() if isinstance(block, Residual)][-1]
-    last.weight = nn.Parameter(last.weight.detach() * 0.5)
+    """Give the second of the two a weight of its own."""
+    other = _alike(network)[1]
+    other.weight = nn.Parameter(other.weight.detach() * 0.5)
+
+
+def _alike(network: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    blocks = [module for module in network.modules() if isinstance(module, Residual)]
+    layers = [[layer for layer in block.modules() if isinstance(layer, nn.Linear)] for block in [network, *blocks]]
+    pairs = [(own[0], layer) for own in layers[::-1] for layer in own[1:] if layer.weight.shape == own[0].weight.shape]
+    return pairs[0] if pairs else (layers[0][0], layers[0][0])
 
 
 def add_hook(network: nn.Module, path: str) -> None:
@@ -210,93 +218,3 @@ class Residual(nn.Module):
             "x - f": lambda: x - value,
             "alpha": lambda: torch.add(x, value, alpha=0.5),
         }[form]()
-
-
-class FunctionalBatchNorm(nn.Module):
-    """Batch norm by the function, told by ``self.training``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("var", torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.mean, self.var, self.weight, training=self.training)
-
-
-class FunctionalDropout(nn.Module):
-    """Dropout by the function, told by ``self.training``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.3, self.training)
-
-
-class StraightThrough(torch.autograd.Function):
-    """To the next quarter; the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return (4 * x).round() / 4
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class Rounded(nn.Module):
-    """Rounding by the custom function."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return StraightThrough.apply(x)
-
-
-class Gate(nn.Module):
-    """A gate that is computed without gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            gate = torch.sigmoid(x)
-        return x * gate
-
-
-class AutocastIsland(nn.Module):
-    """A layer that runs under an autocast of its own, or under none."""
-
-    def __init__(self, width: int, enabled: bool) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.enabled = enabled
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, self.enabled):
-            value = self.linear(x if x.dtype == torch.float64 else x.float())
-        return value.to(x.dtype)
-
-
-class TanhInPlace(nn.Module):
-    """An activation that writes to its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh_()
-
-
-def layer(name: str, width: int) -> nn.Module:
-    """One layer by its name."""
-    return {
-        "linear": lambda: nn.Linear(width, width),
-        "relu": nn.ReLU,
-        "relu_in_place": lambda: nn.ReLU(inplace=True),
-        "tanh": nn.Tanh,
-        "tanh_in_place": TanhInPlace,
-        "norm": lambda: nn.LayerNorm(width),
-        "batch_norm": lambda: nn.BatchNorm1d(width),
-        "functional_batch_norm": lambda: FunctionalBatchNorm(width),
-        "dropout": lambda: nn.Dropout(0.3),
-        "dropout_in_place": lambda: nn.Dropout(0.3, inplace=True),
-        "functional_dropout": FunctionalDropout,
-        "rounded": Rounded,
-        "gate": Gate,
-        "autocast_off": lambda: AutocastIsland(width, False),
-        "autocast_on": lambda: AutocastIsland(width, True),
-    }[name]()

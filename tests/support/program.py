@@ -30,8 +30,8 @@ class Op:
     """One operation; the first of its ``inputs`` is what it is applied to.
 
     ``width`` is the size of its last dimension, ``keeps`` whether it keeps the shape of what it is applied to whatever
-    that is.  ``writes`` says that it writes into that, ``passes`` that it is that, ``may_pass`` that it is so in evaluation mode.
-    An add is ``left + scale * right``.
+    that is.  ``writes`` says that it writes into that, ``passes`` that it is that, ``may_pass`` that it is so in
+    evaluation mode.  An add is ``left + scale * right``.
     """
 
     name: str

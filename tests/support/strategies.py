@@ -20,7 +20,8 @@ DRAW_HOOKS = True
 DRAW_TIED = True
 DRAW_TIED_AFTERWARDS = False
 """Which unusual things are drawn: custom functions, ``no_grad`` and autocast islands, objects as arguments, forward
-hooks, weights tied before the capture, and tied or untied after it.  Those switched off go wrong without a word."""
+hooks, weights tied before the capture, and tied or untied after it.  Those switched off come out wrong today, without
+a word: an error or a warning would do."""
 
 ROWS, WIDTH = 5, 3
 
@@ -129,10 +130,13 @@ def models() -> st.SearchStrategy[Model]:
 
 
 def unusual_models() -> st.SearchStrategy[Model]:
-    """Models with what captures lose; each must be right, or refused with an error or a warning."""
+    """Models with what captures lose; each must be right, or refused with an error or a warning.
+
+    Without batch norm, which would make too much of float32's noise.
+    """
     return st.builds(
         Model,
-        stages=stages(("relu", "batch_norm", "dropout", *ISLANDS), ("nothing", "linear", *ISLANDS)),
+        stages=stages(("linear", "relu", "dropout", *ISLANDS), ("nothing", "linear", *ISLANDS)),
         training=st.booleans(),
         frozen=st.lists(st.booleans(), min_size=1, max_size=5).map(tuple),
         input_grad=st.booleans(),
