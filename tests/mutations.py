@@ -31,12 +31,13 @@ TESTS = (
 
 @dataclass(frozen=True)
 class Mutation:
-    """In ``file`` of the package, ``new`` for ``old``."""
+    """In ``file`` of the package, ``new`` for ``old``; ``first`` are the tests that run before the others."""
 
     name: str
     file: str
     old: str
     new: str
+    first: str = ""
 
 
 MUTATIONS = (
@@ -67,32 +68,41 @@ MUTATIONS = (
              "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n"),
     Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[5] else None", "None"),
     # Which blocks, in which chains
-    Mutation("the inner blocks on a tie", "plan/level.py", "-len(block.nodes), order", "len(block.nodes), order"),
+    Mutation("the inner blocks on a tie", "plan/level.py", "-len(block.nodes), order", "len(block.nodes), order",
+             "tests/plan"),
     Mutation("the last matching gamma wins", "options.py", "for pattern, value in gamma if",
-             "for pattern, value in reversed(gamma) if"),
-    Mutation("every block a chain of its own", "plan/order.py", "open_runs.pop(block.skip, None)", "None"),
-    Mutation("what follows an add left outside", "find/tail.py", "            if tail:\n", "            if False:\n"),
+             "for pattern, value in reversed(gamma) if", "tests/plan"),
+    Mutation("every block a chain of its own", "plan/order.py", "open_runs.pop(block.skip, None)", "None",
+             "tests/plan"),
+    Mutation("what follows an add left outside", "find/tail.py", "            if tail:\n", "            if False:\n",
+             "tests/find"),
     # The recording
-    Mutation("the tracer takes += for +", "capture/tracer.py", '"iadd isub', '"isub'),
-    Mutation("writes that nobody reads dropped", "graph/splice.py", " or writes(node, root)) and", ") and"),
+    Mutation("the tracer takes += for +", "capture/tracer.py", '"iadd isub', '"isub', "tests/capture/test_tracer.py"),
+    Mutation("writes that nobody reads dropped", "graph/splice.py", " or writes(node, root)) and", ") and",
+             "tests/capture/test_calls.py"),
     Mutation("guards not checked", "capture/symbolic.py", "self.form.fits(call) and self.guards.hold(root)",
-             "self.form.fits(call)"),
+             "self.form.fits(call)", "tests/capture/test_calls.py"),
     Mutation("the grad mode of a capture not checked", "capture/symbolic.py",
-             "self.grad == torch.is_grad_enabled() and self.form", "self.form"),
+             "self.grad == torch.is_grad_enabled() and self.form", "self.form", "tests/capture/test_calls.py"),
     # The recomputation
-    Mutation("generator not rewound", "run/recompute.py", "self.conditions.rewound(), ", ""),
+    Mutation("generator not rewound", "run/recompute.py", "self.conditions.rewound(), ", "",
+             "tests/run/test_recompute.py"),
     Mutation("generator left where the recomputation ends", "run/conditions.py",
              "            yield\n        finally:\n            _set_generator_states(self.device, now)",
-             "            yield\n        finally:\n            pass"),
-    Mutation("buffers not put back", "run/conditions.py", "module._buffers[name] = value.clone()", "pass"),
-    Mutation("batch norm twice", "run/conditions.py", "if flag and _runs_without_buffers(module):", "if False:"),
-    Mutation("autocast lost", "run/recompute.py", "with setting.autocast(), self.conditions", "with self.conditions"),
+             "            yield\n        finally:\n            pass", "tests/run/test_recompute.py"),
+    Mutation("buffers not put back", "run/conditions.py", "module._buffers[name] = value.clone()", "pass",
+             "tests/run/test_recompute.py"),
+    Mutation("batch norm twice", "run/conditions.py", "if flag and _runs_without_buffers(module):", "if False:",
+             "tests/run/test_recompute.py"),
+    Mutation("autocast lost", "run/recompute.py", "with setting.autocast(), self.conditions", "with self.conditions",
+             "tests/run/test_mixed_precision.py"),
     Mutation("training flags as they are now", "run/conditions.py",
              "                    module.training = flag\n                if flag",
-             "                    pass\n                if flag"),
+             "                    pass\n                if flag", "tests/run/test_recompute.py"),
     Mutation("changed buffers unnoticed", "run/conditions.py", "or buffer._version != version:\n                raise",
-             "and False:\n                raise"),
-    Mutation("moved parameters unnoticed", "run/recompute.py", "and _pointer(operand) != pointer:", "and False:"),
+             "and False:\n                raise", "tests/run/test_refused_backward.py"),
+    Mutation("moved parameters unnoticed", "run/recompute.py", "and _pointer(operand) != pointer:", "and False:",
+             "tests/run/test_refused_backward.py"),
     Mutation("gradient of escapes dropped", "run/recompute.py",
              "zip((value, *extra), (grad, *grad_extra), strict=True)", "zip((value,), (grad,), strict=True)"),
     Mutation("gradient of taps dropped", "run/reversible.py",
@@ -102,10 +112,12 @@ MUTATIONS = (
              "        x, v = setting.carry.advance(index, x, v, value)\n",
              "        x, v = setting.carry.advance(index, x, v, value)\n"
              "        if index in recorder.snapshots:\n"
-             "            recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)\n"),
+             "            recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)\n",
+             "tests/run/test_reversible.py"),
     Mutation("exact arithmetic does not round", "rule/carry.py", "return _rounded(branch, per_v * (step",
-             "return branch * (per_v * (step"),
-    Mutation("double backward not refused", "run/reversible.py", "if torch.is_grad_enabled():", "if False:"),
+             "return branch * (per_v * (step", "tests/rule"),
+    Mutation("double backward not refused", "run/reversible.py", "if torch.is_grad_enabled():", "if False:",
+             "tests/run/test_refused_backward.py"),
 )  # fmt: skip
 
 
@@ -120,6 +132,8 @@ def mutated(source: str, mutation: Mutation) -> str:
 def noticed(mutation: Mutation | None) -> tuple[str, float]:
     """The first test that fails (empty where none does), and the seconds until then."""
     start = time.monotonic()
+    first = [mutation.first] if mutation is not None and mutation.first else []
+    tests = [*first, *(test for test in TESTS if test not in first)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("mfx", "tests", "pyproject.toml"):
@@ -131,7 +145,7 @@ def noticed(mutation: Mutation | None) -> tuple[str, float]:
             file.write_text(mutated(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
         options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no", "-rfE"]
         ended = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *TESTS],
+            [sys.executable, "-m", "pytest", *options, *tests],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "mutations"},
             capture_output=True,
