@@ -152,7 +152,7 @@ def noticed(mutation: Mutation | None) -> tuple[str, float]:
             text=True,
             check=False,
         )
-    test = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", ended.stdout, re.MULTILINE)
+    test = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", ended.stdout, re.MULTILINE)
     if (ended.returncode, test is None) not in ((0, True), (1, False)):
         raise SystemExit(f"{mutation}: pytest ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
     return "" if test is None else test[1], time.monotonic() - start
