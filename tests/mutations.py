@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,6 @@ def mutated(source: str, mutation: Mutation) -> str:
 def noticed(mutation: Mutation | None) -> tuple[str, float]:
     """The first test that fails (empty where none does), and the seconds until then."""
     start = time.monotonic()
-    first = [mutation.first] if mutation is not None and mutation.first else []
-    tests = [*first, *(test for test in TESTS if test not in first)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("mfx", "tests", "pyproject.toml"):
@@ -143,19 +142,27 @@ def noticed(mutation: Mutation | None) -> tuple[str, float]:
         if mutation is not None:
             file = copy / "mfx" / mutation.file
             file.write_text(mutated(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
-        options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no", "-rfE"]
-        ended = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=copy,
-            env={**os.environ, "PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "mutations"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        test = ""
+        # One after the other: pytest would merge a file into its folder.
+        for tests in ([mutation.first] if mutation is not None and mutation.first else [], TESTS):
+            test = test or (_first_failure(copy, tests) if tests else "")
+    return test, time.monotonic() - start
+
+
+def _first_failure(copy: Path, tests: Sequence[str]) -> str:
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no", "-rfE"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "mutations"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     test = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", ended.stdout, re.MULTILINE)
     if (ended.returncode, test is None) not in ((0, True), (1, False)):
-        raise SystemExit(f"{mutation}: pytest ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
-    return "" if test is None else test[1], time.monotonic() - start
+        raise SystemExit(f"pytest ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
+    return "" if test is None else test[1]
 
 
 def main() -> int:
