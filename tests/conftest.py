@@ -8,15 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compiled import handed
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)
+collect_ignore = ["mutations.py"]
 
-_common = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-settings.register_profile("dev", _common, max_examples=30)
-settings.register_profile("ci", _common, max_examples=500)
-# To look for new counterexamples; finds others each time.
+# Whether drawing is too slow depends on the machine, so that a run would not be repeatable; the other checks stay on.
+# Explaining a failure takes longer than finding it.
+_phases = [phase for phase in Phase if phase is not Phase.explain]
+_common = settings(deadline=None, print_blob=True, phases=_phases, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", _common, max_examples=30, derandomize=True)
+settings.register_profile("ci", _common, max_examples=500, derandomize=True)
+# Fresh examples each time; says how to repeat a failure, and keeps it in .hypothesis/ for the next run.
 settings.register_profile("search", _common, max_examples=2000, derandomize=False)
+# Whether a failure is found, not which is the smallest.
+settings.register_profile("mutations", _common, max_examples=30, derandomize=True, phases=[Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -273,3 +273,19 @@ def test_a_mode_in_which_a_captured_part_has_other_chains_is_an_error() -> None:
     mm = mfx.momentumize(Auxiliary(), 0.9)
     with pytest.raises(mfx.PlanChangedError, match=r"block 'blocks\.0'.*exclude"):
         mm.eval()(rows())
+
+
+def test_a_graph_captured_without_gradients_does_not_serve_calls_with_them() -> None:
+    class Cautious(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y * 2 if torch.is_grad_enabled() else y
+
+    model = Cautious(p=0.0)
+    mm = mfx.momentumize(model, 0.0)
+    x = rows()
+    with torch.no_grad():
+        assert torch.equal(mm(x), model(x))
+    assert_same(run(mm, x), run(model, x))
+    with torch.no_grad():
+        assert torch.equal(mm(x), model(x))

@@ -1,0 +1,190 @@
+"""Mutations: break the package on purpose, one small place at a time, and see which test notices.
+
+    python tests/mutations.py [-j JOBS] [WORD ...]
+
+Each mutation (those whose name has one of the words, or all) is put into a temporary copy of the package, and the
+chosen tests run against it until the first one fails.  Prints a table; the exit status is the number of mutations that
+no test noticed.  A text that is to be replaced and is not there exactly once is an error: the list has to follow the
+code.  Nothing of this is collected by pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "tests/models/test_properties.py tests/rule tests/run tests/plan tests/find tests/capture/test_calls.py "
+    "tests/capture/test_tracer.py tests/model/test_conversion.py"
+).split()
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In ``file`` of the package, ``new`` for ``old``; ``first`` are the tests that run before the others."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    first: str = ""
+
+
+MUTATIONS = (
+    # The recurrence
+    Mutation("pull is 1, not 1 - gamma", "rule/momentum.py", "return 1 - self.gamma", "return 1.0"),
+    Mutation("pull and decay swapped", "rule/base.py", "torch.add(v * self.decay, branch, alpha=self.pull)",
+             "torch.add(v * self.pull, branch, alpha=self.decay)"),
+    Mutation("x moves by the old velocity", "rule/base.py",
+             "        v = branch * self.pull if v is None else torch.add(v * self.decay, branch, alpha=self.pull)\n"
+             "        return x + v, v",
+             "        old = torch.zeros_like(x) if v is None else v\n"
+             "        v = branch * self.pull if v is None else torch.add(v * self.decay, branch, alpha=self.pull)\n"
+             "        return x + old, v"),
+    Mutation("x moves backwards", "rule/base.py", "return x + v, v", "return x - v, v"),
+    Mutation("retreat adds the branch", "rule/base.py", "torch.sub(v, branch, alpha=self.pull)",
+             "torch.add(v, branch, alpha=self.pull)"),
+    Mutation("x_before is x'", "rule/base.py", "return x - v\n", "return x\n"),
+    Mutation("scale of the branch lost in backward", "rule/step.py", "total * (step.rule.pull * step.scale)",
+             "total * step.rule.pull"),
+    Mutation("gradient of a wrapped block's own x lost", "rule/step.py", "else added(grad_x, -value))", "else grad_x)"),
+    Mutation("a wrapped block taken for a residual one", "rule/step.py",
+             "    if step.wrapped:\n        return value - x\n", ""),
+    Mutation("velocity carried into the next chain", "run/reversible.py",
+             "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n",
+             "    left, run.left = getattr(run, 'left', None), state.detach() * 0.01\n"
+             "    if velocity is None and chain.index and left is not None and left.shape == state.shape:\n"
+             "        velocity = left\n"
+             "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n"),
+    Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[5] else None", "None"),
+    # Which blocks, in which chains
+    Mutation("the inner blocks on a tie", "plan/level.py", "-len(block.nodes), order", "len(block.nodes), order",
+             "tests/plan"),
+    Mutation("the last matching gamma wins", "options.py", "for pattern, value in gamma if",
+             "for pattern, value in reversed(gamma) if", "tests/plan"),
+    Mutation("every block a chain of its own", "plan/order.py", "open_runs.pop(block.skip, None)", "None",
+             "tests/plan"),
+    Mutation("what follows an add left outside", "find/tail.py", "            if tail:\n", "            if False:\n",
+             "tests/find"),
+    # The recording
+    Mutation("the tracer takes += for +", "capture/tracer.py", '"iadd isub', '"isub', "tests/capture/test_tracer.py"),
+    Mutation("writes that nobody reads dropped", "graph/splice.py", " or writes(node, root)) and", ") and",
+             "tests/capture/test_calls.py"),
+    Mutation("guards not checked", "capture/symbolic.py", "self.form.fits(call) and self.guards.hold(root)",
+             "self.form.fits(call)", "tests/capture/test_calls.py"),
+    Mutation("the grad mode of a capture not checked", "capture/symbolic.py",
+             "self.grad == torch.is_grad_enabled() and self.form", "self.form", "tests/capture/test_calls.py"),
+    # The recomputation
+    Mutation("generator not rewound", "run/recompute.py", "self.conditions.rewound(), ", "",
+             "tests/run/test_recompute.py"),
+    Mutation("generator left where the recomputation ends", "run/conditions.py",
+             "            yield\n        finally:\n            _set_generator_states(self.device, now)",
+             "            yield\n        finally:\n            pass", "tests/run/test_recompute.py"),
+    Mutation("buffers not put back", "run/conditions.py", "module._buffers[name] = value.clone()", "pass",
+             "tests/run/test_recompute.py"),
+    Mutation("batch norm twice", "run/conditions.py", "if flag and _runs_without_buffers(module):", "if False:",
+             "tests/run/test_recompute.py"),
+    Mutation("autocast lost", "run/recompute.py", "with setting.autocast(), self.conditions", "with self.conditions",
+             "tests/run/test_mixed_precision.py"),
+    Mutation("training flags as they are now", "run/conditions.py",
+             "                    module.training = flag\n                if flag",
+             "                    pass\n                if flag", "tests/run/test_recompute.py"),
+    Mutation("changed buffers unnoticed", "run/conditions.py", "or buffer._version != version:\n                raise",
+             "and False:\n                raise", "tests/run/test_refused_backward.py"),
+    Mutation("moved parameters unnoticed", "run/recompute.py", "and _pointer(operand) != pointer:", "and False:",
+             "tests/run/test_refused_backward.py"),
+    Mutation("gradient of escapes dropped", "run/recompute.py",
+             "zip((value, *extra), (grad, *grad_extra), strict=True)", "zip((value,), (grad,), strict=True)"),
+    Mutation("gradient of taps dropped", "run/reversible.py",
+             "return None, None, None, None, grads[0], None, *grads[1:]",
+             "return None, None, None, None, grads[0], None, *[None for _ in grads[1:]]"),
+    Mutation("snapshot of the state after its step", "run/reversible.py",
+             "        x, v = setting.carry.advance(index, x, v, value)\n",
+             "        x, v = setting.carry.advance(index, x, v, value)\n"
+             "        if index in recorder.snapshots:\n"
+             "            recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)\n",
+             "tests/run/test_reversible.py"),
+    Mutation("exact arithmetic does not round", "rule/carry.py", "return _rounded(branch, per_v * (step",
+             "return branch * (per_v * (step", "tests/rule"),
+    Mutation("double backward not refused", "run/reversible.py", "if torch.is_grad_enabled():", "if False:",
+             "tests/run/test_refused_backward.py"),
+)  # fmt: skip
+
+
+def mutated(source: str, mutation: Mutation) -> str:
+    """The text of a file with the mutation in it."""
+    found = source.count(mutation.old)
+    if found != 1:
+        raise SystemExit(f"{mutation.name}: its text is {found} times in {mutation.file}, not once:\n{mutation.old}")
+    return source.replace(mutation.old, mutation.new)
+
+
+def noticed(mutation: Mutation | None) -> tuple[str, float]:
+    """The first test that fails (empty where none does), and the seconds until then."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("mfx", "tests", "pyproject.toml"):
+            source = ROOT / name
+            ignored = shutil.ignore_patterns("__pycache__")
+            _ = shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
+        if mutation is not None:
+            file = copy / "mfx" / mutation.file
+            file.write_text(mutated(file.read_text(encoding="utf-8"), mutation), encoding="utf-8")
+        test = ""
+        # One after the other: pytest would merge a file into its folder.
+        for tests in ([mutation.first] if mutation is not None and mutation.first else [], TESTS):
+            test = test or (_first_failure(copy, tests) if tests else "")
+    return test, time.monotonic() - start
+
+
+def _first_failure(copy: Path, tests: Sequence[str]) -> str:
+    options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no", "-rfE"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "mutations"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    test = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", ended.stdout, re.MULTILINE)
+    if (ended.returncode, test is None) not in ((0, True), (1, False)):
+        raise SystemExit(f"pytest ended with {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
+    return "" if test is None else test[1]
+
+
+def main() -> int:
+    """Run the mutations that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-j", "--jobs", type=int, default=2)
+    parser.add_argument("words", nargs="*")
+    given = parser.parse_args()
+    for each in MUTATIONS:
+        mutated((ROOT / "mfx" / each.file).read_text(encoding="utf-8"), each)
+    chosen = [each for each in MUTATIONS if not given.words or any(word in each.name for word in given.words)]
+    broken, _ = noticed(None)
+    if broken:
+        raise SystemExit(f"without any mutation {broken} fails")
+    print("| mutation | file | first test that noticed | s |\n| --- | --- | --- | --- |", flush=True)
+    missed = 0
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for each, (test, seconds) in zip(chosen, pool.map(noticed, chosen), strict=True):
+            missed += not test
+            print(f"| {each.name} | {each.file} | {test or '**none**'} | {seconds:.0f} |", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
