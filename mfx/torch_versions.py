@@ -47,6 +47,7 @@ __all__ = [
     "dynamo",
     "forward_derivative_is_on",
     "functions_are_transformed",
+    "has_float64",
     "is_lifted_number",
     "is_recording",
     "pytree",
@@ -119,6 +120,13 @@ def functions_are_transformed() -> bool:
 def forward_derivative_is_on() -> bool:
     """Whether forward-mode differentiation is at work."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64: not on MPS, and on XPU it depends on the chip."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
 
 
 def safe_softmax(scores: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,11 @@ class ChainSpec:
     index: int = 0
     drift: Drift = field(default_factory=Drift)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps before which a segment ends: after each tap, and at the end."""
+        return (*(tap + 1 for tap in self.taps), len(self.steps))
+
 
 def stored(
     chain: ChainSpec,
@@ -48,15 +53,44 @@ def stored(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     """The plain recurrence: autograd stores what it needs, if anything."""
-    inner = Inner(chain)
+    inner, out = Inner(chain), x
     for index, step in enumerate(chain.steps):
         own = inner.operands(index, operands[index])
         x, v = carry.enter(index, x, v)
         value, *extra = step.branch(root, x.to(dtype), *own[: len(step.sides)])
         dtype = step.result_dtype(dtype, value.dtype)
         x, v = carry.advance(index, x, v, value)
-        inner.record(x.to(dtype), extra)
-    return (x.to(dtype), *inner.handed_out())
+        out = x.to(dtype)
+        inner.record(out, extra)
+        x = continued(out, x) if index in chain.taps else x
+    return tuple(inner.handed_out(out))
+
+
+def continued(out: Tensor, x: Tensor) -> Tensor:
+    """``x`` as it was carried, as the value of which ``out`` was handed out: its gradient passes through ``out``."""
+    return out if out.dtype == x.dtype else Continue.apply(out, x.detach())  # type: ignore[return-value]
+
+
+class Continue(torch.autograd.Function):
+    """``(out, x) -> x`` with the gradient of x, and its tangent, those of ``out``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return tangent.to(ctx.dtype)
 
 
 class Inner:
@@ -81,10 +115,20 @@ class Inner:
         if index in self.wanted or index in self.chain.taps:
             self.states[index] = x if dtype is None else x.to(dtype)
 
-    def handed_out(self) -> list[Any]:
-        """The taps, then the escapes."""
-        taps = [self.states[index] for index in self.chain.taps]
-        return [*taps, *(value for escapes in self.escapes for value in escapes)]
+    def escaped(self, begin: int) -> list[Any]:
+        """The branch values handed out by the steps from ``begin`` on."""
+        return [value for escapes in self.escapes[begin:] for value in escapes]
+
+    def close(self, x: Tensor, escapes: Sequence[Any], begin: int) -> None:
+        """Take what the steps from ``begin`` on hand out, for what they gave: later steps read what users see."""
+        if len(self.escapes) - 1 in self.states:
+            self.states[len(self.escapes) - 1] = x
+        given = iter(escapes)
+        self.escapes[begin:] = [[next(given) for _ in group] for group in self.escapes[begin:]]
+
+    def handed_out(self, last: Tensor) -> list[Any]:
+        """x_N, the taps, then the escapes."""
+        return [last, *(self.states[index] for index in self.chain.taps), *self.escaped(0)]
 
     def _value(self, side: State | Escape) -> Any:
         return self.states[side.step] if isinstance(side, State) else self.escapes[side.step][side.number]

@@ -1,16 +1,21 @@
 """Run a chain: without storing activations where gradients are wanted, plainly elsewhere.
 
-1. ``Close`` ends the chain.  Every value that leaves the chain leaves through it, and it alone saves the end
-   state and the snapshots, so every backward starts there, with a :class:`mfx.run.tape.Rewind`.
-2. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
+1. A chain runs in *segments*: one ends at each tap (a state that is handed out), and one with the chain.
+   :class:`mfx.run.closing.Close` ends a segment.  Every value that leaves the segment leaves through it, and it alone
+   saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.tape.Rewind`.
+2. The next segment starts from what was handed out, so a tap is in the graph, not beside it: its own gradient, and
+   what a hook on it returns, are those of plain autograd.  The state is kept there (:mod:`mfx.rule.snapshots`): x is
+   alive anyway, and v costs one state, or nothing where the step before starts from a kept state as well.
+3. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
    conditions of the first run (:mod:`mfx.run.recompute`), differentiates it, and leaves (x, v).  Its gradients leave at
    once, so the last block's come first (M10).
-3. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
+4. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
    between.  So it is given the snapshot as a *twin*, with some bits turned, which backward turns back.
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
 Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
-forward-mode differentiation the recurrence runs with stored activations.
+forward-mode differentiation the recurrence runs with stored activations.  A branch value that is handed out (attention
+weights) is beside the rest of its branch.
 """
 
 from __future__ import annotations
@@ -27,13 +32,13 @@ from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.carry import carry
 from mfx.rule.snapshots import Schedule
 from mfx.rule.step import StepSpec, added, check_velocity, cotangents
-from mfx.run.chain import ChainSpec, Inner, stored
+from mfx.run.chain import ChainSpec, Inner, continued, stored
+from mfx.run.closing import Close, refuse_double_backward
 from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
-from mfx.run.counter import Seed
-from mfx.run.detector import size_of
+from mfx.run.seeded import Seed
 from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
-from mfx.run.tape import Left, Recorder, Rewind, Setting, Slot, newest_observer, out_of_turn
-from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, pytree
+from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
+from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, pytree
 
 
 def run(
@@ -46,7 +51,7 @@ def run(
 ) -> tuple[Any, ...]:
     """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order.
 
-    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.run.random`).
+    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.run.seeded.random`).
     """
     check_velocity(chain.name, x, velocity)
     plan = _schedule(chain, x)
@@ -66,7 +71,8 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
             "real and imaginary part (torch.view_as_real)"
         )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return chain.schedule(dtype, autocast_dtype(x.device, dtype), not compiling(x))
+    how = (autocast_dtype(x.device, dtype), not compiling(x))
+    return chain.schedule(dtype, *how, float64=has_float64(x.device))
 
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
@@ -102,12 +108,18 @@ def _reversible(
         twin=None if drawn is None else drawn.twin(),
         observer=newest_observer(chain.name, plan),
     )
-    recorder, slot, inner, start = Recorder(dtype), Slot(), Inner(chain), v
-    for index in range(len(chain.steps)):
-        own = inner.operands(index, operands[index])
-        x, v, *extra = Step.apply(setting, recorder, slot, index, x, v, *own)  # type: ignore[misc]
-        inner.record(x, extra, recorder.dtype)
-    return Close.apply(setting, recorder, slot, start, x, v, *inner.handed_out())  # type: ignore[return-value]
+    inner, start, begin = Inner(chain), v, 0
+    for end in chain.ends:
+        recorder, slot = Recorder(dtype, begin), Slot()
+        for index in range(begin, end):
+            own = inner.operands(index, operands[index])
+            x, v, *extra = Step.apply(setting, recorder, slot, index, x, v, *own)  # type: ignore[misc]
+            inner.record(x, extra, recorder.dtype)
+        given = (setting, recorder, slot, start if begin == 0 else None)
+        out, v, *escapes = Close.apply(*given, x, v, *inner.escaped(begin))  # type: ignore[misc]
+        inner.close(out, escapes, begin)
+        x, dtype, begin = continued(out, x), recorder.dtype, end
+    return tuple(_copied(value, index in chain.copied) for index, value in enumerate(inner.handed_out(out)))
 
 
 class Step(torch.autograd.Function):
@@ -138,7 +150,7 @@ class Step(torch.autograd.Function):
         grad_x, grad_v, *grad_extra = grads_out
         rerun: Rerun = ctx.rerun
         setting, index, step = rerun.setting, rerun.index, rerun.step
-        _refuse_double_backward(setting.chain)
+        refuse_double_backward(setting.chain)
         rewind = ctx.slot.rewind
         if rewind is None:
             raise out_of_turn(setting.chain, index)
@@ -164,46 +176,6 @@ class Step(torch.autograd.Function):
         return None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
 
 
-class Close(torch.autograd.Function):
-    """``(x_N, v_N, handed out) -> (x_N, handed out)``; saves the end state, v_0 and the snapshots."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        setting: Setting,
-        recorder: Recorder,
-        slot: Slot,
-        start: Tensor | None,
-        x: Tensor,
-        v: Tensor,
-        *handed: Any,
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        kept = [tensor for pair in recorder.snapshots.values() for tensor in pair if tensor is not None]
-        kept = list(map(_twin_of, kept)) if compiling(x) else kept
-        end = [x, v] if setting.inverts_last else []
-        ctx.save_for_backward(*end, *([] if start is None else [start]), *kept)
-        size = None if setting.inverts_last or compiling(x) else size_of(x)
-        ctx.slot, ctx.dtype = slot, x.dtype
-        ctx.left = Left.of(setting, recorder, start is not None, size)
-        recorder.snapshots = {}
-        values = (x.to(recorder.dtype), *handed)
-        return tuple(_handed_out(value, index in setting.chain.copied) for index, value in enumerate(values))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        left: Left = ctx.left
-        chain = left.setting.chain
-        _refuse_double_backward(chain)
-        saved = iter(saved_tensors(ctx, f"an output of {chain.name}, or a value it keeps,"))
-        end = (next(saved), next(saved)) if left.setting.inverts_last else None
-        start = next(saved) if left.starts else None
-        kept = (value if value.is_floating_point() else _of_twin(value, ctx.dtype) for value in saved)
-        snapshots = {index: (next(kept), next(kept) if both else None) for index, both in left.layout}
-        ctx.slot.rewind = Rewind(left, end, start, snapshots)
-        return None, None, None, None, grads[0], None, *grads[1:]
-
-
 def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]) -> list[Any]:
     """The values of a step's branch, without history."""
     setting, step, index = rerun.setting, rerun.step, rerun.index
@@ -222,10 +194,8 @@ def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence
     return [_tensor_or_plain(step, value) for value in values]
 
 
-def _handed_out(value: Any, copied: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone() if copied else value.detach()
+def _copied(value: Any, wanted: bool) -> Any:
+    return value.clone() if wanted and isinstance(value, Tensor) else value
 
 
 def _tensor_or_plain(step: StepSpec, out: Any) -> Any:
@@ -254,24 +224,3 @@ def _refuse_lazy(chain: ChainSpec, operands: Sequence[Sequence[Any]]) -> None:
                 f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
                 "gradients (torch.no_grad()) first"
             )
-
-
-def _refuse_double_backward(chain: ChainSpec) -> None:
-    if torch.is_grad_enabled():
-        raise BackwardError(
-            f"{chain.name}: create_graph=True (double backward) is not supported by the reversible run. "
-            "Use reversible=False, which stores activations and can be differentiated any number of times"
-        )
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _twin_of(value: Tensor) -> Tensor:
-    """The bits of ``value``, one of them turned, as whole numbers."""
-    return value.view(_BITS[value.element_size()]) ^ 1
-
-
-def _of_twin(twin: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of a twin."""
-    return (twin ^ 1).view(dtype)

@@ -1,8 +1,8 @@
 """Tape: what one forward of a chain leaves for its backward, and what that backward goes by.
 
 1. :class:`Setting` is what all steps of one forward share, known before the first.
-2. :class:`Recorder` collects, while forward runs, one :class:`Trace` a step; :class:`Left` is made of it when the chain
-   ends, and nobody writes to it.
+2. :class:`Recorder` collects, while forward runs, one :class:`Trace` a step; :class:`Left` is made of it when the
+   segment ends (:mod:`mfx.run.reversible`), and nobody writes to it.
 3. :class:`Rewind` is made of :class:`Left` and the saved tensors when a backward begins: it holds the state, which each
    step takes as it is after it and leaves as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is
    known, what was reconstructed is held against it (:mod:`mfx.run.detector`).
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast, compiling
-from mfx.run.counter import Seed
+from mfx.run.seeded import Seed
 from mfx.run.detector import relative, size_of
-from mfx.run.random import counted
+from mfx.run.seeded import counted
 from mfx.torch_versions import FakeTensor, is_recording
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
@@ -70,11 +69,6 @@ class Setting:
         seed = self.seed if self.twin is None or not again else Seed.of_twin(self.twin)
         return counted(seed if step.draws else None, index, step.name)
 
-    @cached_property
-    def inverts_last(self) -> bool:
-        """Whether the backward of the last step needs the end state."""
-        return len(self.chain.steps) - 1 not in self.plan.snapshots
-
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""
         if self.observer is not None:
@@ -100,10 +94,11 @@ class Trace:
 
 
 class Recorder:
-    """Collects what forward leaves, step by step."""
+    """Collects what forward leaves, step by step, from the step ``first`` on."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, first: int) -> None:
         self.dtype = dtype
+        self.first = first
         self.traces: list[Trace] = []
         self.snapshots: dict[int, State] = {}
 
@@ -112,17 +107,23 @@ class Recorder:
         self.traces.append(Trace(self.dtype, strides, differentiable))
         self.dtype = result
 
+    @property
+    def end(self) -> int:
+        """The step that comes next."""
+        return self.first + len(self.traces)
+
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """What a forward leaves beside saved tensors.
+    """What the forward of the steps ``begin`` to ``end`` leaves beside saved tensors.
 
-    ``first`` is the first step that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether v
-    is there beside x; ``starts`` whether v_0 is saved; ``size`` is the norm of x_N where no end state is kept.
+    ``first`` is the first of them that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether
+    v is there beside x; ``starts`` whether v_0 is saved; ``size`` is the norm of the last x where no end state is kept.
     """
 
     setting: Setting
     traces: tuple[Trace, ...]
+    begin: int
     first: int | None
     layout: tuple[tuple[int, bool], ...]
     starts: bool
@@ -130,28 +131,38 @@ class Left:
 
     @staticmethod
     def of(setting: Setting, recorder: Recorder, starts: bool, size: Tensor | None) -> Left:
-        """What is left when the chain has ended."""
-        first = next((index for index, trace in enumerate(recorder.traces) if trace.differentiable), None)
+        """What is left when the segment has ended."""
+        begin, traces = recorder.first, tuple(recorder.traces)
+        first = next((index for index, trace in enumerate(traces, begin) if trace.differentiable), None)
         layout = tuple((index, v is not None) for index, (_, v) in recorder.snapshots.items())
-        return Left(setting, tuple(recorder.traces), first, layout, starts, size)
+        return Left(setting, traces, begin, first, layout, starts, size)
+
+    @property
+    def inverts_last(self) -> bool:
+        """Whether the backward of the last step needs the end state."""
+        return self.begin + len(self.traces) - 1 not in self.setting.plan.snapshots
+
+    def strides(self, index: int) -> tuple[int, ...]:
+        """The strides of x_index."""
+        return self.traces[index - self.begin].strides
 
     def state_dtype(self, index: int) -> torch.dtype:
         """The dtype in which x_index was carried."""
-        return torch.promote_types(self.setting.plan.state_dtype, self.traces[index].dtype)
+        return torch.promote_types(self.setting.plan.state_dtype, self.traces[index - self.begin].dtype)
 
 
 class Slot:
-    """Where the steps of a chain find the :class:`Rewind` of the backward that runs."""
+    """Where the steps of a segment find the :class:`Rewind` of the backward that runs."""
 
     rewind: Rewind | None = None
 
 
 class Rewind:
-    """The state of a chain while a backward runs: ``state`` is the one after the step whose turn is next.
+    """The state of a segment while a backward runs: ``state`` is the one after the step whose turn is next.
 
     Args:
         left: what forward left.
-        end: (x_N, v_N) as carried, if kept.
+        end: (x, v) after the last step as carried, if kept.
         start: v_0, if there is one.
         snapshots: the states kept before steps.
     """
@@ -161,7 +172,7 @@ class Rewind:
         self.start = start
         self.snapshots = snapshots
         self.state = end
-        self.position = len(left.traces)
+        self.position = left.begin + len(left.traces)
         carry = left.setting.carry
         self.scale = None if end is None or end[1] is None else size_of(carry.velocity(self.position, end[1]))
         self.drifts: list[Tensor] = []
@@ -179,7 +190,7 @@ class Rewind:
         assert after is not None
         x, v = after
         assert v is not None
-        x = _with_strides(setting.carry.x_before(index, x, v), self.left.traces[index].strides)
+        x = _with_strides(setting.carry.x_before(index, x, v), self.left.strides(index))
         return x.to(self.left.state_dtype(index)), None, after
 
     def leave(self, index: int, x: Tensor, v: Tensor | None) -> bool:
@@ -189,7 +200,8 @@ class Rewind:
             return False
         if self.drifts:
             setting = self.left.setting
-            setting.chain.drift.record(torch.stack(self.drifts).amax(), setting.chain.name, setting.plan.tolerance)
+            worst, begin = torch.stack(self.drifts).amax(), self.left.begin
+            setting.chain.drift.record(worst, setting.chain.name, setting.plan.tolerance, begin)
         return True
 
     def check(self, index: int, x: Tensor, v: Tensor | None, after: State | None, value: Tensor) -> None:
