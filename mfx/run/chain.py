@@ -24,8 +24,8 @@ class ChainSpec:
 
     ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies.
-    ``schedule(dtype, compute, same_branches)`` is that of :func:`mfx.rule.snapshots.schedule`;
-    ``drift`` takes what its backwards measure.
+    ``schedule(dtype, compute, same_branches, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`;
+    ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no gradient is lost.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ChainSpec:
     reversible: bool = True
     index: int = 0
     drift: Drift = field(default_factory=Drift)
+    proven: set[int] = field(default_factory=set)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -55,9 +56,8 @@ def stored(
     """The plain recurrence: autograd stores what it needs, if anything."""
     inner, out = Inner(chain), x
     for index, step in enumerate(chain.steps):
-        own = inner.operands(index, operands[index])
         x, v = carry.enter(index, x, v)
-        value, *extra = step.branch(root, x.to(dtype), *own[: len(step.sides)])
+        value, *extra = step.branch(root, x.to(dtype), *inner.sides(index, operands[index]))
         dtype = step.result_dtype(dtype, value.dtype)
         x, v = carry.advance(index, x, v, value)
         out = x.to(dtype)
@@ -85,12 +85,12 @@ class Continue(torch.autograd.Function):
         ctx.dtype = output.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return *grad_outputs, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent.to(ctx.dtype)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0].to(ctx.dtype)
 
 
 class Inner:
@@ -102,11 +102,10 @@ class Inner:
         self.escapes: list[list[Any]] = []
         self.wanted = {side.step for step in chain.steps for side in step.sides if isinstance(side, State)}
 
-    def operands(self, index: int, outer: Sequence[Any]) -> list[Any]:
-        """A step's side values, then its parameters."""
+    def sides(self, index: int, outer: Sequence[Any]) -> list[Any]:
+        """A step's side values, those from outside being the first of ``outer``."""
         given = iter(outer)
-        sides = [next(given) if side is None else self._value(side) for side in self.chain.steps[index].sides]
-        return [*sides, *given]
+        return [next(given) if side is None else self._value(side) for side in self.chain.steps[index].sides]
 
     def record(self, x: Tensor, escapes: list[Any], dtype: torch.dtype | None = None) -> None:
         """Note what a step gave."""

@@ -35,8 +35,9 @@ from mfx.rule.step import StepSpec, added, check_velocity, cotangents
 from mfx.run.chain import ChainSpec, Inner, continued, stored
 from mfx.run.closing import Close, refuse_double_backward
 from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
-from mfx.run.seeded import Seed
+from mfx.run.operands import Parameters
 from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
+from mfx.run.seeded import Seed
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
 from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, pytree
 
@@ -108,15 +109,16 @@ def _reversible(
         twin=None if drawn is None else drawn.twin(),
         observer=newest_observer(chain.name, plan),
     )
-    inner, start, begin = Inner(chain), v, 0
+    inner, out, start, begin = Inner(chain), x, v, 0
     for end in chain.ends:
         recorder, slot = Recorder(dtype, begin), Slot()
         for index in range(begin, end):
-            own = inner.operands(index, operands[index])
-            x, v, *extra = Step.apply(setting, recorder, slot, index, x, v, *own)  # type: ignore[misc]
+            parameters = Parameters.of(chain.steps[index], root)
+            given = (*inner.sides(index, operands[index]), *parameters.tensors)
+            x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
             inner.record(x, extra, recorder.dtype)
-        given = (setting, recorder, slot, start if begin == 0 else None)
-        out, v, *escapes = Close.apply(*given, x, v, *inner.escaped(begin))  # type: ignore[misc]
+        values = (start if begin == 0 else None, x, v, *inner.escaped(begin))
+        out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
         inner.close(out, escapes, begin)
         x, dtype, begin = continued(out, x), recorder.dtype, end
     return tuple(_copied(value, index in chain.copied) for index, value in enumerate(inner.handed_out(out)))
@@ -127,7 +129,15 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, setting: Setting, recorder: Recorder, slot: Slot, index: int, x: Tensor, v: Tensor | None, *given: Any
+        ctx: Any,
+        setting: Setting,
+        recorder: Recorder,
+        slot: Slot,
+        parameters: Parameters,
+        index: int,
+        x: Tensor,
+        v: Tensor | None,
+        *given: Any,
     ) -> Any:
         step = setting.chain.steps[index]
         ctx.set_materialize_grads(False)
@@ -138,7 +148,7 @@ class Step(torch.autograd.Function):
         x, v = setting.carry.enter(index, x, v)
         setting.observe(0, x, v) if index == 0 else None
         strides = x.stride()
-        ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, given, to_save)
+        ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         value, *extra = _first_run(ctx.rerun, x, given, to_save)
         recorder.record(strides, any(ctx.needs_input_grad), step.result_dtype(recorder.dtype, value.dtype))
         x, v = setting.carry.advance(index, x, v, value)
@@ -162,7 +172,7 @@ class Step(torch.autograd.Function):
         divides = not kept and step.rule.decay != 0 and (index > 0 or setting.observer is not None)
         value, grads = None, [None] * (1 + len(operands))
         if divides or pulled is not None or any(grad is not None for grad in grad_extra):
-            wanted = (ctx.needs_input_grad[4], *ctx.needs_input_grad[6:])
+            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[7:])
             value, grads = rerun.differentiate(inside, operands, wanted, pulled, grad_extra)
         if value is not None and (index == 0 or kept):
             rewind.check(index, inside, known, after, value)
@@ -172,8 +182,8 @@ class Step(torch.autograd.Function):
         setting.observe(index, inside, v)
         if rewind.leave(index, x, v):
             ctx.slot.rewind = None
-        own_v = own_v if ctx.needs_input_grad[5] else None
-        return None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
+        own_v = own_v if ctx.needs_input_grad[6] else None
+        return None, None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
 
 
 def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]) -> list[Any]:

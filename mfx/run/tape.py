@@ -22,9 +22,8 @@ from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast, compiling
-from mfx.run.seeded import Seed
 from mfx.run.detector import relative, size_of
-from mfx.run.seeded import counted
+from mfx.run.seeded import Seed, counted
 from mfx.torch_versions import FakeTensor, is_recording
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
