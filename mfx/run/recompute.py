@@ -93,7 +93,7 @@ class Rerun:
         with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
             with torch.set_grad_enabled(differentiable):
-                value, *extra = self._run(leaves[: 1 + len(step.sides)])
+                value, *extra = self._run([_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])
             if not differentiable:
                 return value, [None] * len(leaves)
             pairs = [
@@ -168,6 +168,12 @@ def _leaf(value: Any, wanted: bool | None = None) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().requires_grad_(value.requires_grad if wanted is None else wanted)
+
+
+def _inner(leaf: Any) -> Any:
+    """A leaf as the branch sees it, with a node of its own: tools that follow modules put hooks on their inputs' nodes,
+    which a leaf that is differentiated by does not run (ModuleTracker, and FlopCounterMode with it)."""
+    return leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _pointer(operand: Any) -> int | None:
