@@ -20,7 +20,11 @@ from mfx.run.tape import Left, Recorder, Rewind, Setting, Slot
 
 
 class Close(torch.autograd.Function):
-    """``(x, v, escapes) -> (x in the model's dtype, v, escapes)``; saves the end state, v_0 and the snapshots."""
+    """``(x, v, escapes, held) -> (x in the model's dtype, v, escapes, held)``; saves the end state, v_0, the snapshots.
+
+    ``held`` are the tensors that hooks or modules kept.  They leave as they are, the same objects, with this node as
+    their history: autograd takes them for changed in place.
+    """
 
     @staticmethod
     def forward(
@@ -31,7 +35,8 @@ class Close(torch.autograd.Function):
         start: Tensor | None,
         x: Tensor,
         v: Tensor,
-        *escapes: Any,
+        held: int,
+        *values: Any,
     ) -> Any:
         ctx.set_materialize_grads(False)
         kept = [tensor for pair in recorder.snapshots.values() for tensor in pair if tensor is not None]
@@ -43,7 +48,9 @@ class Close(torch.autograd.Function):
         ctx.left = Left.of(setting, recorder, start is not None, size)
         recorder.snapshots = {}
         last = recorder.end == len(setting.chain.steps)
-        return tuple(map(_alias, (x.to(recorder.dtype), None if last else v, *escapes)))
+        escapes, kept = values[: len(values) - held], values[len(values) - held :]
+        ctx.mark_dirty(*kept)
+        return (*map(_alias, (x.to(recorder.dtype), None if last else v, *escapes)), *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -56,7 +63,8 @@ class Close(torch.autograd.Function):
         kept = (value if value.is_floating_point() else _of_twin(value, ctx.dtype) for value in saved)
         snapshots = {index: (next(kept), next(kept) if both else None) for index, both in left.layout}
         ctx.slot.rewind = Rewind(left, end, start, snapshots)
-        return None, None, None, None, *grads
+        grad_x, grad_v, *others = grads
+        return None, None, None, None, grad_x, grad_v, None, *others
 
 
 def refuse_double_backward(chain: ChainSpec) -> None:

@@ -23,6 +23,7 @@ from mfx.rule.step import StepSpec
 from mfx.run.conditions import Conditions
 from mfx.run.operands import Owner, Parameters, modules_of, parameters_as_operands, refuse_lost, submodule
 from mfx.run.tape import Setting
+from mfx.run.watched import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Rerun:
     index: int
     dtype: torch.dtype
     conditions: Conditions
+    watch: Watch
     owners: tuple[tuple[Owner, ...], ...]
     pointers: tuple[int | None, ...]
     constants: tuple[tuple[Any] | None, ...]
@@ -58,6 +60,7 @@ class Rerun:
             index,
             dtype,
             conditions_of(step, setting.root, x, parameters.modules),
+            Watch(() if setting.symbolic else parameters.modules),
             parameters.owners,
             tuple(map(_pointer, parameters.tensors)),
             tuple(None if there else (operand,) for operand, there in zip(operands, saved, strict=True)),
@@ -92,17 +95,13 @@ class Rerun:
         given = operands[len(step.sides) :]
         with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
-            with torch.set_grad_enabled(differentiable):
+            with torch.set_grad_enabled(differentiable), self.watch.again():
                 value, *extra = self._run([_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])
+            extra += self.watch.recomputed(step.name, grad_extra[len(extra) :])
             if not differentiable:
                 return value, [None] * len(leaves)
-            pairs = [
-                (output, cotangent.to(output.dtype))
-                for output, cotangent in zip((value, *extra), (grad, *grad_extra), strict=True)
-                if cotangent is not None and output.requires_grad
-            ]
-            grads = _gradients(pairs, leaves, wanted)
-            self._refuse_lost([output for output, _ in pairs], leaves, wanted, grads)
+            grads = _gradients((value, *extra), (grad, *grad_extra), leaves, wanted)
+            self._refuse_lost((value, *extra), leaves, wanted, grads)
         return value.detach(), grads
 
     def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -112,13 +111,14 @@ class Rerun:
             return self.step.again(setting.root, x.to(self.dtype), *sides)
 
     def _refuse_lost(
-        self, outputs: list[Tensor], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
+        self, outputs: Sequence[Any], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
     ) -> None:
         """Look for lost gradients, the first time and whenever a parameter has none (M15)."""
         missing = [want and grad is None for want, grad in zip(wanted, grads, strict=True)][1 + len(self.step.sides) :]
         proven = self.setting.chain.proven
         if not self.setting.symbolic and (self.index not in proven or any(missing)):
-            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), outputs, leaves)
+            tensors = [output for output in outputs if isinstance(output, Tensor)]
+            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), tensors, leaves)
             proven.add(self.index)
 
     def _refuse_moved(self, parameters: Sequence[Any]) -> None:
@@ -131,12 +131,20 @@ class Rerun:
                 )
 
 
-def _gradients(pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    outputs: Sequence[Any], cotangents: Sequence[Tensor | None], leaves: list[Any], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the wanted leaves; None for the others, and for those that no cotangent reaches."""
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
     asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
     if not pairs or not asked:
         return [None] * len(leaves)
-    outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    reached, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(reached, asked, given, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 

@@ -39,6 +39,7 @@ from mfx.run.operands import Parameters
 from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
 from mfx.run.seeded import Seed
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
+from mfx.run.watched import refuse_watched
 from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, pytree
 
 
@@ -116,16 +117,21 @@ def _reversible(
             parameters = Parameters.of(chain.steps[index], root)
             given = (*inner.sides(index, operands[index]), *parameters.tensors)
             x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
-            inner.record(x, extra, recorder.dtype)
-        values = (start if begin == 0 else None, x, v, *inner.escaped(begin))
+            inner.record(x, extra[: recorder.escapes], recorder.dtype)
+            slot.note(index, extra[recorder.escapes :])
+            del extra
+        held = [value for value in slot.held() if value.requires_grad and not value._is_view()]
+        values = (start if begin == 0 else None, x, v, len(held), *inner.escaped(begin), *held)
         out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
         inner.close(out, escapes, begin)
+        for index in range(begin, end):
+            slot.note(index, inner.escapes[index])
         x, dtype, begin = continued(out, x), recorder.dtype, end
     return tuple(_copied(value, index in chain.copied) for index, value in enumerate(inner.handed_out(out)))
 
 
 class Step(torch.autograd.Function):
-    """``(x, v, operands) -> (x', v', escapes)``; saves its operands only."""
+    """``(x, v, operands) -> (x', v', escapes, watched values)``; saves its operands only."""
 
     @staticmethod
     def forward(
@@ -150,10 +156,11 @@ class Step(torch.autograd.Function):
         strides = x.stride()
         ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         value, *extra = _first_run(ctx.rerun, x, given, to_save)
+        recorder.escapes = len(extra)
         recorder.record(strides, any(ctx.needs_input_grad), step.result_dtype(recorder.dtype, value.dtype))
         x, v = setting.carry.advance(index, x, v, value)
         setting.observe(index + 1, x, v)
-        return (x, v, *extra)
+        return (x, v, *extra, *ctx.rerun.watch.taken(given))
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Tensor | None) -> Any:
@@ -168,6 +175,7 @@ class Step(torch.autograd.Function):
         inside, known = setting.carry.enter(index, x, v)
         operands = rerun.operands(iter(saved_tensors(ctx, f"a parameter or side input of block {step.name!r}")))
         own_x, own_v, pulled = cotangents(step, grad_x, grad_v)
+        refuse_watched(step.name, ctx.slot.beside.get(index, ()) if pulled is not None else ())
         kept = index in setting.plan.snapshots
         divides = not kept and step.rule.decay != 0 and (index > 0 or setting.observer is not None)
         value, grads = None, [None] * (1 + len(operands))
@@ -193,8 +201,10 @@ def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence
     _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
     seen = [x, *compress(sides, saved)]
     versions = [] if setting.symbolic else [tensor._version for tensor in seen]
-    with setting.autocast(), rerun.conditions.recorded(), as_recomputed(step), setting.draws(index, again=False):
-        inner = x.detach().requires_grad_() if step.sees_grad_mode else x
+    once = (rerun.conditions.recorded(), rerun.watch.first())
+    with setting.autocast(), once[0], once[1], as_recomputed(step), setting.draws(index, again=False):
+        # A view, as in the recomputation: hooks that keep it get no leaf.
+        inner = x.detach().requires_grad_().view_as(x) if step.sees_grad_mode else x
         values = step.branch(setting.root, inner.to(rerun.dtype), *sides)
     if versions and [tensor._version for tensor in seen] != versions:
         raise BackwardError(

@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +95,17 @@ class Trace:
 
 
 class Recorder:
-    """Collects what forward leaves, step by step, from the step ``first`` on."""
+    """Collects what forward leaves, step by step, from the step ``first`` on.
+
+    ``escapes`` is how many values the last step's branch hands out.
+    """
 
     def __init__(self, dtype: torch.dtype, first: int) -> None:
         self.dtype = dtype
         self.first = first
         self.traces: list[Trace] = []
         self.snapshots: dict[int, State] = {}
+        self.escapes = 0
 
     def record(self, strides: tuple[int, ...], differentiable: bool, result: torch.dtype) -> None:
         """Note one step, and the dtype of its result."""
@@ -151,9 +157,24 @@ class Left:
 
 
 class Slot:
-    """Where the steps of a segment find the :class:`Rewind` of the backward that runs."""
+    """Where the steps of a segment find the :class:`Rewind` of the backward that runs.
+
+    ``beside`` has, for each step, weak references to the values from inside its branch that were handed out.
+    """
 
     rewind: Rewind | None = None
+
+    def __init__(self) -> None:
+        self.beside: dict[int, list[Callable[[], Any]]] = {}
+
+    def note(self, index: int, values: Iterable[Any]) -> None:
+        """Remember values from inside the branch of a step."""
+        self.beside.setdefault(index, []).extend(weakref.ref(value) for value in values if isinstance(value, Tensor))
+
+    def held(self) -> list[Tensor]:
+        """Those that somebody still holds."""
+        values = (reference() for references in self.beside.values() for reference in references)
+        return [value for value in values if value is not None]
 
 
 class Rewind:
@@ -228,7 +249,8 @@ def out_of_turn(chain: ChainSpec, index: int) -> BackwardError:
     """The error for a step whose backward comes when it cannot."""
     return BackwardError(
         f"{chain.name}: block {chain.steps[index].name!r} ran out of turn in backward; a backward through a chain has "
-        "to start at the chain's outputs"
+        "to start at the chain's outputs. A loss on a view that a hook kept has to be added to one on an output; let "
+        "the hook keep a copy (.clone()), or the tensor that it is a view of"
     )
 
 
