@@ -42,11 +42,12 @@ class Close(torch.autograd.Function):
         kept = [tensor for pair in recorder.snapshots.values() for tensor in pair if tensor is not None]
         kept = list(map(_twin_of, kept)) if compiling(x) else kept
         inverts = recorder.end - 1 not in setting.plan.snapshots
-        ctx.save_for_backward(*([x, v] if inverts else []), *([] if start is None else [start]), *kept)
+        once = [tensor for tensor in (start, recorder.zeros) if tensor is not None]
+        ctx.save_for_backward(*([x, v] if inverts else []), *once, *kept)
         size = None if inverts or compiling(x) else size_of(x)
         ctx.slot, ctx.dtype = slot, x.dtype
         ctx.left = Left.of(setting, recorder, start is not None, size)
-        recorder.snapshots = {}
+        recorder.snapshots, recorder.zeros = {}, None
         last = recorder.end == len(setting.chain.steps)
         escapes, kept = values[: len(values) - held], values[len(values) - held :]
         ctx.mark_dirty(*kept)
@@ -59,10 +60,10 @@ class Close(torch.autograd.Function):
         refuse_double_backward(chain)
         saved = iter(saved_tensors(ctx, f"an output of {chain.name}, or a value it keeps,"))
         end = (next(saved), next(saved)) if left.inverts_last else None
-        start = next(saved) if left.starts else None
+        start, zeros = (next(saved) if there else None for there in (left.starts, left.counts))
         kept = (value if value.is_floating_point() else _of_twin(value, ctx.dtype) for value in saved)
         snapshots = {index: (next(kept), next(kept) if both else None) for index, both in left.layout}
-        ctx.slot.rewind = Rewind(left, end, start, snapshots)
+        ctx.slot.rewind = Rewind(left, end, start, snapshots, zeros)
         grad_x, grad_v, *others = grads
         return None, None, None, None, grad_x, grad_v, None, *others
 

@@ -153,6 +153,7 @@ class Step(torch.autograd.Function):
             recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)
         x, v = setting.carry.enter(index, x, v)
         setting.observe(0, x, v) if index == 0 else None
+        recorder.note_zeros(setting, x)
         strides = x.stride()
         ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         value, *extra = _first_run(ctx.rerun, x, given, to_save)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mfx.errors import BackwardError
 from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
+from mfx.rule.zeros import counted_zeros, with_zeros
 from mfx.run.chain import ChainSpec
-from mfx.run.conditions import Autocast, compiling
+from mfx.run.conditions import Autocast, compiling, is_symbolic
 from mfx.run.detector import relative, size_of
 from mfx.run.seeded import Seed, counted
 from mfx.torch_versions import FakeTensor, is_recording
@@ -97,7 +98,8 @@ class Trace:
 class Recorder:
     """Collects what forward leaves, step by step, from the step ``first`` on.
 
-    ``escapes`` is how many values the last step's branch hands out.
+    ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
+    :mod:`mfx.rule.zeros`.
     """
 
     def __init__(self, dtype: torch.dtype, first: int) -> None:
@@ -106,6 +108,14 @@ class Recorder:
         self.traces: list[Trace] = []
         self.snapshots: dict[int, State] = {}
         self.escapes = 0
+        self.zeros: Tensor | None = None
+
+    def note_zeros(self, setting: Setting, x: Tensor) -> None:
+        """Count the zeros of a state, if states are reconstructed in floating arithmetic."""
+        if setting.plan.exact or len(setting.plan.snapshots) == len(setting.chain.steps):
+            return
+        known = x.device.type == "cpu" and not is_symbolic(x)
+        self.zeros = counted_zeros(self.zeros, x, len(self.traces), known)
 
     def record(self, strides: tuple[int, ...], differentiable: bool, result: torch.dtype) -> None:
         """Note one step, and the dtype of its result."""
@@ -123,7 +133,8 @@ class Left:
     """What the forward of the steps ``begin`` to ``end`` leaves beside saved tensors.
 
     ``first`` is the first of them that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether
-    v is there beside x; ``starts`` whether v_0 is saved; ``size`` is the norm of the last x where no end state is kept.
+    v is there beside x; ``starts`` whether v_0 is saved, ``counts`` whether counts of zeros are; ``size`` is
+    the norm of the last x where no end state is kept.
     """
 
     setting: Setting
@@ -133,6 +144,7 @@ class Left:
     layout: tuple[tuple[int, bool], ...]
     starts: bool
     size: Tensor | None
+    counts: bool
 
     @staticmethod
     def of(setting: Setting, recorder: Recorder, starts: bool, size: Tensor | None) -> Left:
@@ -140,7 +152,7 @@ class Left:
         begin, traces = recorder.first, tuple(recorder.traces)
         first = next((index for index, trace in enumerate(traces, begin) if trace.differentiable), None)
         layout = tuple((index, v is not None) for index, (_, v) in recorder.snapshots.items())
-        return Left(setting, traces, begin, first, layout, starts, size)
+        return Left(setting, traces, begin, first, layout, starts, size, recorder.zeros is not None)
 
     @property
     def inverts_last(self) -> bool:
@@ -185,10 +197,19 @@ class Rewind:
         end: (x, v) after the last step as carried, if kept.
         start: v_0, if there is one.
         snapshots: the states kept before steps.
+        zeros: for how many states each element was 0.
     """
 
-    def __init__(self, left: Left, end: State | None, start: Tensor | None, snapshots: dict[int, State]) -> None:
+    def __init__(
+        self,
+        left: Left,
+        end: State | None,
+        start: Tensor | None,
+        snapshots: dict[int, State],
+        zeros: Tensor | None = None,
+    ) -> None:
         self.left = left
+        self.zeros = zeros
         self.start = start
         self.snapshots = snapshots
         self.state = end
@@ -210,7 +231,8 @@ class Rewind:
         assert after is not None
         x, v = after
         assert v is not None
-        x = _with_strides(setting.carry.x_before(index, x, v), self.left.strides(index))
+        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, index - self.left.begin)
+        x = _with_strides(x, self.left.strides(index))
         return x.to(self.left.state_dtype(index)), None, after
 
     def leave(self, index: int, x: Tensor, v: Tensor | None) -> bool:

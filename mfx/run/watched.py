@@ -154,8 +154,8 @@ def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
         if isinstance(value, Tensor) and (value._backward_hooks or value.retains_grad):
             raise BackwardError(
                 f"block {block!r}: a value from inside its branch, of shape {tuple(value.shape)}, which the model "
-                "hands out or a hook kept, has a hook or retains its gradient. In the reversible run it stands beside the "
-                "rest of its branch, so what comes through that would be missing (gradients of what a block returns "
+                "hands out or a hook kept, has a hook or retains its gradient. The reversible run has it beside "
+                "the rest of its branch, so what comes through that would be missing (gradients of block outputs "
                 f"are whole). Keep the block as it is with exclude={block!r}, or use reversible=False"
             )
 
