@@ -40,7 +40,7 @@ from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
 from mfx.run.seeded import Seed
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
 from mfx.run.watched import refuse_watched
-from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, pytree
+from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, keeping_version, pytree
 
 
 def run(
@@ -122,7 +122,9 @@ def _reversible(
             del extra
         held = [value for value in slot.held() if value.requires_grad and not value._is_view()]
         values = (start if begin == 0 else None, x, v, len(held), *inner.escaped(begin), *held)
-        out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
+        with keeping_version(tuple(held)):
+            out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
+        del held, values
         inner.close(out, escapes, begin)
         for index in range(begin, end):
             slot.note(index, inner.escapes[index])

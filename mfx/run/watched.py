@@ -18,6 +18,7 @@ the rest of its branch: who waits for its whole gradient gets an error.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -146,12 +147,15 @@ class Watch:
 def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
     """Raise where somebody waits for the whole gradient of a value that is beside the rest of its branch.
 
+    Hooks of torch's own wait for the moment, not for the value (sharding puts them on all outputs of a model).
+
     Args:
         block: the block's name.
         values: weak references to the values from inside its branch that somebody may hold.
     """
     for value in (reference() for reference in values):
-        if isinstance(value, Tensor) and (value._backward_hooks or value.retains_grad):
+        hooks = () if not isinstance(value, Tensor) else (value._backward_hooks or {}).values()
+        if isinstance(value, Tensor) and (value.retains_grad or not all(map(_is_torchs, hooks))):
             raise BackwardError(
                 f"block {block!r}: a value from inside its branch, of shape {tuple(value.shape)}, which the model "
                 "hands out or a hook kept, has a hook or retains its gradient. The reversible run has it beside "
@@ -161,6 +165,7 @@ def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
 
 
 def _is_torchs(hook: Any) -> bool:
+    hook = hook.func if isinstance(hook, functools.partial) else hook
     return str(getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0] == "torch"
 
 

@@ -212,6 +212,39 @@ class Attentive(nn.Module):
         return x, weights
 
 
+class Lends(nn.Module):
+    """A later block reads what a hook keeps of an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        lent = self.one(x)
+        x = x + lent.tanh()
+        return x + self.two(x) * lent
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+def test_what_a_hook_kept_may_be_read_by_a_later_block(gamma: float):
+    model, x, found = Lends(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True), []
+    for each in (mfx.momentumize(model, gamma), None):
+        kept: list[Tensor] = []
+        handle = model.one.register_forward_hook(lambda m, args, out, kept=kept: kept.append(out))
+        if each is None:
+            lent = model.one(x)
+            v = (1 - gamma) * lent.tanh()
+            out = x + v
+            out = out + gamma * v + (1 - gamma) * model.two(out) * lent
+        else:
+            out = each(x)
+        handle.remove()
+        loss = out.square().sum() + kept[0].sin().sum()
+        found.append(torch.autograd.grad(loss, [x, *model.parameters()]))
+    assert relative_error(*found) < 1e-10
+
+
 WAITS = {"retain_grad": lambda w: w.retain_grad(), "a hook": lambda w: w.register_hook(lambda grad: None)}
 
 
@@ -223,6 +256,19 @@ def test_who_waits_for_the_whole_gradient_of_a_branch_value_is_told_that_there_i
     WAITS[wait](weights[1])
     with pytest.raises(mfx.BackwardError, match=r"block 'blocks\.1'.*retains its gradient.*exclude='blocks\.1'"):
         (x.sum() + weights[1].sum()).backward()
+
+
+def test_who_waits_for_the_moment_only_is_let_through():
+    """register_multi_grad_hook is torch's, as are the hooks by which sharding learns that a backward begins."""
+    model, x, seen = Attentive(), torch.randn(5, 6, dtype=torch.float64), []
+    found = []
+    for reversible in (True, False):
+        out, weights = mfx.momentumize(model, 0.8, reversible=reversible)(x)
+        torch.autograd.graph.register_multi_grad_hook(weights, lambda _: seen.append(1))
+        loss = out.sum() + sum(each.square().sum() for each in weights)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert relative_error(*found) < 1e-10
+    assert seen
 
 
 @pytest.mark.parametrize("wait", WAITS)
