@@ -24,7 +24,7 @@ from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
 from mfx.rule.zeros import counted_zeros, with_zeros
 from mfx.run.chain import ChainSpec
-from mfx.run.conditions import Autocast, compiling, is_symbolic
+from mfx.run.conditions import Autocast, compiling
 from mfx.run.detector import relative, size_of
 from mfx.run.seeded import Seed, counted
 from mfx.torch_versions import FakeTensor, is_recording
@@ -111,11 +111,9 @@ class Recorder:
         self.zeros: Tensor | None = None
 
     def note_zeros(self, setting: Setting, x: Tensor) -> None:
-        """Count the zeros of a state, if states are reconstructed in floating arithmetic."""
-        if setting.plan.exact or len(setting.plan.snapshots) == len(setting.chain.steps):
-            return
-        known = x.device.type == "cpu" and not is_symbolic(x)
-        self.zeros = counted_zeros(self.zeros, x, len(self.traces), known)
+        """Count the zeros of a state, if states are reconstructed in floating arithmetic (M2)."""
+        if not (setting.plan.exact or setting.symbolic or len(setting.plan.snapshots) == len(setting.chain.steps)):
+            self.zeros = counted_zeros(self.zeros, x, len(self.traces), x.device.type == "cpu")
 
     def record(self, strides: tuple[int, ...], differentiable: bool, result: torch.dtype) -> None:
         """Note one step, and the dtype of its result."""
