@@ -7,6 +7,7 @@ they are first needed (:func:`dynamo`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import SimpleNamespace
@@ -47,8 +48,10 @@ __all__ = [
     "dynamo",
     "forward_derivative_is_on",
     "functions_are_transformed",
+    "has_float64",
     "is_lifted_number",
     "is_recording",
+    "keeping_version",
     "pytree",
     "safe_softmax",
     "source_name",
@@ -119,6 +122,20 @@ def functions_are_transformed() -> bool:
 def forward_derivative_is_on() -> bool:
     """Whether forward-mode differentiation is at work."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64: not on MPS, and on XPU it depends on the chip."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
+
+
+def keeping_version(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, what counts as a change in place of these tensors does not count."""
+    if not tensors:
+        return contextlib.nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tensors)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def safe_softmax(scores: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ NAMES = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._subclasses.functional_tensor.FunctionalTensor",
+    "torch.autograd._unsafe_preserve_version_counter",
     "torch.autograd.forward_ad._current_level",
     "torch.backends.mha._is_fastpath_enabled",
     "torch.nn.modules.batchnorm._NormBase",

@@ -1,8 +1,9 @@
 """Draws: which operations take random numbers, and which of them can be made to take the same ones again.
 
 :data:`RANDOM` is the one list of random operations, by plain name.  An operation that is *repeatable* has a form in
-:mod:`mfx.run.forms` that computes the same values from a seed, which a compiler needs: it traces a recomputation as
-further operations and can rewind no generator.  Opaque functions and modules of other libraries may draw.
+:mod:`mfx.run.seeded.forms` that computes the same values from a seed, which a compiler needs: it traces a
+recomputation as further operations and can rewind no generator.  Opaque functions and modules of other libraries may
+draw.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class NetSide:
         return [root.network["init"]] if root.init_speed else []
 
 
-def _schedule(rules: tuple[Rule, ...], options: Options, dtype: torch.dtype, *given: Any) -> Schedule:
-    return schedule(rules, dtype, options.state_dtype, options.tolerance, *given)
+def _schedule(rules: tuple[Rule, ...], options: Options, dtype: torch.dtype, *given: Any, **named: Any) -> Schedule:
+    return schedule(rules, dtype, options.state_dtype, options.tolerance, *given, **named)
 
 
 def names_of(functions: list[nn.Module]) -> tuple[str, ...]:

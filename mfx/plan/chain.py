@@ -85,9 +85,21 @@ class Chain:
         """The decay of each block's velocity."""
         return tuple(rule.decay for rule in self.rules)
 
-    def schedule(self, dtype: torch.dtype, compute: torch.dtype | None = None, same_branches: bool = True) -> Schedule:
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The steps that start from a tap."""
+        return tuple(step for step, block in enumerate(self.blocks[:-1], 1) if block.output in self.taps)
+
+    def schedule(
+        self,
+        dtype: torch.dtype,
+        compute: torch.dtype | None = None,
+        same_branches: bool = True,
+        float64: bool = True,
+    ) -> Schedule:
         """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.snapshots.schedule`."""
-        return schedule(self.rules, dtype, self.state_dtype, self.tolerance, compute, same_branches)
+        how = (self.state_dtype, self.tolerance, compute, same_branches, self.cuts, float64)
+        return schedule(self.rules, dtype, *how)
 
 
 @dataclass(frozen=True, eq=False)

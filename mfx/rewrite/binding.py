@@ -18,7 +18,7 @@ from mfx.graph.notes import ADDED
 from mfx.plan import Chain, Way
 from mfx.rewrite.code import chain_function, compile_graph
 from mfx.run import ChainSpec
-from mfx.run.counter import draw_seed
+from mfx.run.seeded import draw_seed
 
 Velocity = tuple[Callable[..., Any], tuple[fx.Node, ...]]
 """A function of x_0 and operands that gives v_0, and the operands' nodes."""

@@ -10,6 +10,9 @@ The plan, for a chain of N steps, a dtype and a tolerance:
    cheapest near it;
 4. the fewest bytes win; among equals fewer snapshots, then floating arithmetic.
 
+Before a step in ``cuts`` every candidate keeps the state: there the chain hands its x out, so x is there anyway
+(:mod:`mfx.run.reversible`).  A dtype that the device lacks is no candidate.
+
 Where a recomputation repeats the forward up to rounding only (``same_branches=False``: code that a compiler fuses in
 another way forward and backward), exact arithmetic buys nothing, and floating arithmetic counts with the branches'
 roundoff.
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mfx.errors import OptionError
 from mfx.rule.base import Rule
 from mfx.rule.precision import (
     BRANCH_GAIN,
@@ -120,6 +124,8 @@ def schedule(
     tolerance: float | None = None,
     compute: torch.dtype | None = None,
     same_branches: bool = True,
+    cuts: tuple[int, ...] = (),
+    float64: bool = True,
 ) -> Schedule:
     """The cheapest schedule, in bytes, that keeps the tolerance.
 
@@ -130,9 +136,14 @@ def schedule(
         tolerance: relative error allowed; None is :func:`default_tolerance` of the branches' dtype.
         compute: the dtype the branches compute in where it is coarser than ``dtype`` (autocast).
         same_branches: whether a recomputed branch gives the same bits as in the forward.
+        cuts: steps before which the state is kept in any case.
+        float64: whether the device has it.
 
     Returns:
         A :class:`Schedule`.
+
+    Raises:
+        OptionError: ``state_dtype`` is float64, and the device lacks it.
 
     >>> from mfx.rule.momentum import Momentum
     >>> schedule((Momentum(0.5),) * 8, torch.float32, "auto", 1e-2).note(8)
@@ -141,14 +152,22 @@ def schedule(
     torch.float64
     >>> schedule((Momentum(0.0),) * 4, torch.float32).snapshots
     (0, 1, 2, 3)
+    >>> schedule((Momentum(0.9),) * 100, torch.float32, float64=False).state_dtype
+    torch.float32
     """
     coarse = dtype if compute is None or roundoff(compute) < roundoff(dtype) else compute
     allowed = default_tolerance(coarse) if tolerance is None else tolerance
     if state_dtype == "auto":
         states = [state for state in (dtype, ONE_UP.get(dtype)) if state in FINEST]
+        states = [state for state in states if float64 or state != torch.float64]
     else:
         states = [torch.promote_types(dtype, state_dtype)]  # type: ignore[arg-type]
-    found = list(_candidates(rules, states, coarse, allowed, same_branches))
+        if states[0] == torch.float64 and not float64:
+            raise OptionError(
+                f"state_dtype={state_dtype!r}: the device of the chain's input has no float64. Leave the choice to the "
+                'plan (state_dtype="auto"), which keeps snapshots instead'
+            )
+    found = list(_candidates(rules, states, coarse, allowed, same_branches, frozenset(cuts)))
     kept = dtype if state_dtype == "auto" else states[0]
     found.append(Schedule(kept, tuple(range(len(rules))), allowed))
     steps = len(rules)
@@ -156,26 +175,33 @@ def schedule(
 
 
 def _candidates(
-    rules: tuple[Rule, ...], states: list[torch.dtype], compute: torch.dtype, allowed: float, same_branches: bool
+    rules: tuple[Rule, ...],
+    states: list[torch.dtype],
+    compute: torch.dtype,
+    allowed: float,
+    same_branches: bool,
+    cuts: frozenset[int],
 ) -> Iterator[Schedule]:
     for state in states:
         finer = roundoff(state) < roundoff(compute)
         if not (finer and same_branches):
-            yield _floating(rules, state, max(roundoff(state), roundoff(compute)), allowed)
+            yield _floating(rules, state, max(roundoff(state), roundoff(compute)), allowed, cuts)
         if same_branches and (finer or state == torch.float64) and state in FINEST:
             for share, aim, headroom, snapshots in MARGINS[compute]:
-                found = _exact(rules, state, allowed, Margin(share * allowed, aim, headroom))
-                if snapshots or not found.snapshots:
+                found = _exact(rules, state, allowed, Margin(share * allowed, aim, headroom), cuts)
+                if snapshots or cuts.issuperset(found.snapshots):
                     yield found
 
 
-def _floating(rules: tuple[Rule, ...], state: torch.dtype, unit: float, allowed: float) -> Schedule:
+def _floating(
+    rules: tuple[Rule, ...], state: torch.dtype, unit: float, allowed: float, cuts: frozenset[int]
+) -> Schedule:
     """A snapshot wherever the next division would take the error over the tolerance."""
     start = floating_error((), unit)
     snapshots, error, worst = [], start, 0.0
     for step, rule in enumerate(rules[1:], 1):
         longer = error * rule.growth(BRANCH_GAIN)
-        if longer > allowed:
+        if longer > allowed or step in cuts:
             snapshots.append(step)
             error = start
         else:
@@ -184,14 +210,16 @@ def _floating(rules: tuple[Rule, ...], state: torch.dtype, unit: float, allowed:
     return Schedule(state, _with_first(snapshots), allowed, drift=worst)
 
 
-def _exact(rules: tuple[Rule, ...], state: torch.dtype, allowed: float, margin: Margin) -> Schedule:
+def _exact(
+    rules: tuple[Rule, ...], state: torch.dtype, allowed: float, margin: Margin, cuts: frozenset[int]
+) -> Schedule:
     """A snapshot wherever the next division would leave the quanta too few bits."""
     grid = 2.0 ** -min(FINEST[state], math.ceil(-math.log2(allowed)) + 20)
     fresh = Run(digits(state), grid, margin)
     snapshots, runs = [], [fresh]
     for step, rule in enumerate(rules[1:], 1):
         longer = runs[-1].after(rule.decay)
-        if rule.decay == 0 or longer.rounding > margin.rounding:
+        if rule.decay == 0 or longer.rounding > margin.rounding or step in cuts:
             snapshots.append(step)
             runs.append(fresh)
         else:

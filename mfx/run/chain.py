@@ -24,8 +24,8 @@ class ChainSpec:
 
     ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies.
-    ``schedule(dtype, compute, same_branches)`` is that of :func:`mfx.rule.snapshots.schedule`;
-    ``drift`` takes what its backwards measure.
+    ``schedule(dtype, compute, same_branches, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`;
+    ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no gradient is lost.
     """
 
     name: str
@@ -36,6 +36,12 @@ class ChainSpec:
     reversible: bool = True
     index: int = 0
     drift: Drift = field(default_factory=Drift)
+    proven: set[int] = field(default_factory=set)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps before which a segment ends: after each tap, and at the end."""
+        return (*(tap + 1 for tap in self.taps), len(self.steps))
 
 
 def stored(
@@ -48,15 +54,43 @@ def stored(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     """The plain recurrence: autograd stores what it needs, if anything."""
-    inner = Inner(chain)
+    inner, out = Inner(chain), x
     for index, step in enumerate(chain.steps):
-        own = inner.operands(index, operands[index])
         x, v = carry.enter(index, x, v)
-        value, *extra = step.branch(root, x.to(dtype), *own[: len(step.sides)])
+        value, *extra = step.branch(root, x.to(dtype), *inner.sides(index, operands[index]))
         dtype = step.result_dtype(dtype, value.dtype)
         x, v = carry.advance(index, x, v, value)
-        inner.record(x.to(dtype), extra)
-    return (x.to(dtype), *inner.handed_out())
+        out = x.to(dtype)
+        inner.record(out, extra)
+        x = continued(out, x) if index in chain.taps else x
+    return tuple(inner.handed_out(out))
+
+
+def continued(out: Tensor, x: Tensor) -> Tensor:
+    """``x`` as it was carried, as the value of which ``out`` was handed out: its gradient passes through ``out``."""
+    return out if out.dtype == x.dtype else Continue.apply(out, x.detach())  # type: ignore[return-value]
+
+
+class Continue(torch.autograd.Function):
+    """``(out, x) -> x`` with the gradient of x, and its tangent, those of ``out``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return *grad_outputs, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0].to(ctx.dtype)
 
 
 class Inner:
@@ -68,11 +102,10 @@ class Inner:
         self.escapes: list[list[Any]] = []
         self.wanted = {side.step for step in chain.steps for side in step.sides if isinstance(side, State)}
 
-    def operands(self, index: int, outer: Sequence[Any]) -> list[Any]:
-        """A step's side values, then its parameters."""
+    def sides(self, index: int, outer: Sequence[Any]) -> list[Any]:
+        """A step's side values, those from outside being the first of ``outer``."""
         given = iter(outer)
-        sides = [next(given) if side is None else self._value(side) for side in self.chain.steps[index].sides]
-        return [*sides, *given]
+        return [next(given) if side is None else self._value(side) for side in self.chain.steps[index].sides]
 
     def record(self, x: Tensor, escapes: list[Any], dtype: torch.dtype | None = None) -> None:
         """Note what a step gave."""
@@ -81,10 +114,20 @@ class Inner:
         if index in self.wanted or index in self.chain.taps:
             self.states[index] = x if dtype is None else x.to(dtype)
 
-    def handed_out(self) -> list[Any]:
-        """The taps, then the escapes."""
-        taps = [self.states[index] for index in self.chain.taps]
-        return [*taps, *(value for escapes in self.escapes for value in escapes)]
+    def escaped(self, begin: int) -> list[Any]:
+        """The branch values handed out by the steps from ``begin`` on."""
+        return [value for escapes in self.escapes[begin:] for value in escapes]
+
+    def close(self, x: Tensor, escapes: Sequence[Any], begin: int) -> None:
+        """Take what the steps from ``begin`` on hand out, for what they gave: later steps read what users see."""
+        if len(self.escapes) - 1 in self.states:
+            self.states[len(self.escapes) - 1] = x
+        given = iter(escapes)
+        self.escapes[begin:] = [[next(given) for _ in group] for group in self.escapes[begin:]]
+
+    def handed_out(self, last: Tensor) -> list[Any]:
+        """x_N, the taps, then the escapes."""
+        return [last, *(self.states[index] for index in self.chain.taps), *self.escaped(0)]
 
     def _value(self, side: State | Escape) -> Any:
         return self.states[side.step] if isinstance(side, State) else self.escapes[side.step][side.number]

@@ -33,34 +33,39 @@ from mfx.errors import DriftWarning
 
 
 class Drift:
-    """The drift of one chain: values on their way, and the last one that arrived."""
+    """The drift of one chain: values on their way, and the last one that arrived of each segment."""
 
     def __init__(self) -> None:
-        self.value: float | None = None
-        self._pending: list[tuple[Tensor, Any, str, float]] = []
+        self._values: dict[int, float] = {}
+        self._pending: list[tuple[Tensor, Any, str, float, int]] = []
 
-    def record(self, value: Tensor, chain: str, tolerance: float) -> None:
-        """Take the value of one backward, a tensor without dimensions."""
+    @property
+    def value(self) -> float | None:
+        """The largest of the segments' last values; None before there is one."""
+        return max(self._values.values(), default=None)
+
+    def record(self, value: Tensor, chain: str, tolerance: float, segment: int = 0) -> None:
+        """Take the value of one backward through a segment, a tensor without dimensions."""
         event = None
         if value.device.type != "cpu":
             event = torch.get_device_module(value.device).Event()
             value = value.to("cpu", non_blocking=True)
             event.record()
-        self._pending.append((value, event, chain, tolerance))
+        self._pending.append((value, event, chain, tolerance, segment))
         self.poll()
 
     def poll(self, wait: bool = False) -> None:
         """Look at the values that have arrived (at all, if ``wait``), and warn of those over the tolerance."""
         while self._pending:
-            value, event, chain, tolerance = self._pending[0]
+            value, event, chain, tolerance, segment = self._pending[0]
             if event is not None and not event.query():
                 if not wait:
                     return
                 event.synchronize()
             del self._pending[0]
-            self.value = float(value)
-            if self.value > tolerance:
-                warnings.warn(_text(chain, self.value, tolerance), DriftWarning, stacklevel=3)
+            found = self._values[segment] = float(value)
+            if found > tolerance:
+                warnings.warn(_text(chain, found, tolerance), DriftWarning, stacklevel=3)
 
 
 def _text(chain: str, value: float, tolerance: float) -> str:

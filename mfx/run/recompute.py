@@ -1,7 +1,8 @@
 """Recompute: run a step's branch a second time, and differentiate it.
 
 1. The branch runs under the conditions of its first run (:mod:`mfx.run.conditions`), on detached inputs.
-2. The modules' own parameters are what is differentiated by, as long as they are still the step's operands.
+2. The modules' own parameters are what is differentiated by, as long as they are still the step's operands
+   (:mod:`mfx.run.operands`, which sees to it that no gradient is lost).
 3. The gradients of x, the side values and the parameters are those of one ``torch.autograd.grad``.
 
 Source: torch/utils/checkpoint.py, whose recomputation this follows.
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from mfx.errors import BackwardError
 from mfx.rule.step import StepSpec
 from mfx.run.conditions import Conditions
+from mfx.run.operands import Owner, Parameters, modules_of, parameters_as_operands, refuse_lost, submodule
 from mfx.run.tape import Setting
+from mfx.run.watched import Watch
 
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
     """One step as it ran first, and all that it takes to run its branch again.
 
-    ``owners`` are the modules that hold each parameter, with its names there; ``pointers`` where its values lay;
+    ``owners`` hold each parameter; ``pointers`` tell the storage of its values;
     ``constants`` the operands that autograd does not save (None stands for those that it does).
     """
 
@@ -35,13 +38,20 @@ class Rerun:
     index: int
     dtype: torch.dtype
     conditions: Conditions
-    owners: tuple[tuple[tuple[nn.Module, str], ...], ...]
+    watch: Watch
+    owners: tuple[tuple[Owner, ...], ...]
     pointers: tuple[int | None, ...]
     constants: tuple[tuple[Any] | None, ...]
 
     @staticmethod
     def of(
-        setting: Setting, index: int, dtype: torch.dtype, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]
+        setting: Setting,
+        index: int,
+        dtype: torch.dtype,
+        x: Tensor,
+        parameters: Parameters,
+        operands: Sequence[Any],
+        saved: Sequence[bool],
     ) -> Rerun:
         """For the step whose branch is about to run."""
         step = setting.chain.steps[index]
@@ -49,9 +59,10 @@ class Rerun:
             setting,
             index,
             dtype,
-            conditions_of(step, setting.root, x),
-            tuple(tuple((submodule(setting.root, path), name) for path, name in names) for names in step.parameters),
-            tuple(_pointer(operand) for operand in operands[len(step.sides) :]),
+            conditions_of(step, setting.root, x, parameters.modules),
+            Watch(() if setting.symbolic else parameters.modules),
+            parameters.owners,
+            tuple(map(_pointer, parameters.tensors)),
             tuple(None if there else (operand,) for operand, there in zip(operands, saved, strict=True)),
         )
 
@@ -84,16 +95,13 @@ class Rerun:
         given = operands[len(step.sides) :]
         with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
-            with torch.set_grad_enabled(differentiable):
-                value, *extra = self._run(leaves[: 1 + len(step.sides)])
+            with torch.set_grad_enabled(differentiable), self.watch.again():
+                value, *extra = self._run([_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])
+            extra += self.watch.recomputed(step.name, grad_extra[len(extra) :])
             if not differentiable:
                 return value, [None] * len(leaves)
-            pairs = [
-                (output, cotangent.to(output.dtype))
-                for output, cotangent in zip((value, *extra), (grad, *grad_extra), strict=True)
-                if cotangent is not None and output.requires_grad
-            ]
-            grads = _gradients(pairs, leaves, wanted)
+            grads = _gradients((value, *extra), (grad, *grad_extra), leaves, wanted)
+            self._refuse_lost((value, *extra), leaves, wanted, grads)
         return value.detach(), grads
 
     def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -101,6 +109,17 @@ class Rerun:
         x, *sides = values
         with setting.autocast(), self.conditions.rewound(), setting.draws(self.index, again=True):
             return self.step.again(setting.root, x.to(self.dtype), *sides)
+
+    def _refuse_lost(
+        self, outputs: Sequence[Any], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
+    ) -> None:
+        """Look for lost gradients, the first time and whenever a parameter has none (M15)."""
+        missing = [want and grad is None for want, grad in zip(wanted, grads, strict=True)][1 + len(self.step.sides) :]
+        proven = self.setting.chain.proven
+        if not self.setting.symbolic and (self.index not in proven or any(missing)):
+            tensors = [output for output in outputs if isinstance(output, Tensor)]
+            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), tensors, leaves)
+            proven.add(self.index)
 
     def _refuse_moved(self, parameters: Sequence[Any]) -> None:
         for ((module, name), *_), operand, pointer in zip(self.owners, parameters, self.pointers, strict=True):
@@ -112,20 +131,30 @@ class Rerun:
                 )
 
 
-def _gradients(pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], wanted: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    outputs: Sequence[Any], cotangents: Sequence[Tensor | None], leaves: list[Any], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the wanted leaves; None for the others, and for those that no cotangent reaches."""
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
     asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
     if not pairs or not asked:
         return [None] * len(leaves)
-    outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, asked, cotangents, allow_unused=True))
+    reached, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(reached, asked, given, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
-def conditions_of(step: StepSpec, root: nn.Module, x: Tensor) -> Conditions:
+def conditions_of(
+    step: StepSpec, root: nn.Module, x: Tensor, called: tuple[nn.Module, ...] | None = None
+) -> Conditions:
     """The conditions of a step's branch, with the modules in the modes they are in."""
-    called = {module: None for path in step.modules for module in submodule(root, path).modules()}
+    called = modules_of(step, root) if called is None else called
     buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
-    return Conditions.of(step.name, tuple(called), buffers, step.draws, x)
+    return Conditions.of(step.name, called, buffers, step.draws, x)
 
 
 @contextlib.contextmanager
@@ -153,10 +182,19 @@ def _leaf(value: Any, wanted: bool | None = None) -> Any:
     return value.detach().requires_grad_(value.requires_grad if wanted is None else wanted)
 
 
+def _inner(leaf: Any) -> Any:
+    """A leaf as the branch sees it, with a node of its own: tools that follow modules put hooks on their inputs' nodes,
+    which a leaf that is differentiated by does not run (ModuleTracker, and FlopCounterMode with it)."""
+    return leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
 def _pointer(operand: Any) -> int | None:
-    """Where a parameter's values lie; None where that cannot be told."""
+    """Which storage a parameter's values lie in; None where that cannot be told.
+
+    Storage that was freed and filled anew meanwhile, as FSDP does it, is the same one elsewhere in memory.
+    """
     plain = type(operand) in (Tensor, nn.Parameter) and not operand.is_meta
-    return operand.data_ptr() if plain else None
+    return operand.untyped_storage()._cdata if plain else None
 
 
 def saved_tensors(ctx: Any, what: str) -> tuple[Tensor, ...]:
@@ -171,44 +209,3 @@ def saved_tensors(ctx: Any, what: str) -> tuple[Tensor, ...]:
             "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
             f"stored. From autograd: {error}"
         ) from error
-
-
-def submodule(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path, without the checks of ``get_submodule``: this runs for every block and step."""
-    for name in path.split(".") if path else ():
-        root = root._modules[name]  # type: ignore[assignment]
-    return root
-
-
-@contextlib.contextmanager
-def parameters_as_operands(
-    owners: Sequence[Sequence[tuple[nn.Module, str]]], operands: Sequence[Any]
-) -> Iterator[list[torch.Tensor]]:
-    """Run with ``operands`` as the modules' parameters; gives the tensors to differentiate by.
-
-    Each operand may be owned under several names.  Where the modules still hold the operand itself, that is the
-    parameter.  Where they do not (the forward ran inside ``torch.func.functional_call``, say) an alias of the
-    operand takes its place meanwhile.  Tensor hooks of parameters are silent meanwhile: they run once, when the
-    gradient arrives outside.
-    """
-    leaves: list[torch.Tensor] = []
-    swapped: list[tuple[nn.Module, str, Any]] = []
-    hooks: list[tuple[torch.Tensor, Any]] = []
-    try:
-        for names, operand in zip(owners, operands, strict=True):
-            if all(module._parameters[name] is operand for module, name in names):
-                leaves.append(operand)
-                if operand._backward_hooks:
-                    hooks.append((operand, operand._backward_hooks))
-                    operand._backward_hooks = None
-                continue
-            leaves.append(operand.detach().requires_grad_(operand.requires_grad))
-            for module, name in names:
-                swapped.append((module, name, module._parameters[name]))
-                module._parameters[name] = leaves[-1]  # type: ignore[assignment]
-        yield leaves
-    finally:
-        for tensor, hook in hooks:
-            tensor._backward_hooks = hook
-        for module, name, held in swapped:
-            module._parameters[name] = held

@@ -1,16 +1,21 @@
 """Run a chain: without storing activations where gradients are wanted, plainly elsewhere.
 
-1. ``Close`` ends the chain.  Every value that leaves the chain leaves through it, and it alone saves the end
-   state and the snapshots, so every backward starts there, with a :class:`mfx.run.tape.Rewind`.
-2. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
+1. A chain runs in *segments*: one ends at each tap (a state that is handed out), and one with the chain.
+   :class:`mfx.run.closing.Close` ends a segment.  Every value that leaves the segment leaves through it, and it alone
+   saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.tape.Rewind`.
+2. The next segment starts from what was handed out, so a tap is in the graph, not beside it: its own gradient, and
+   what a hook on it returns, are those of plain autograd.  The state is kept there (:mod:`mfx.rule.snapshots`): x is
+   alive anyway, and v costs one state, or nothing where the step before starts from a kept state as well.
+3. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
    conditions of the first run (:mod:`mfx.run.recompute`), differentiates it, and leaves (x, v).  Its gradients leave at
    once, so the last block's come first (M10).
-3. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
+4. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
    between.  So it is given the snapshot as a *twin*, with some bits turned, which backward turns back.
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
 Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
-forward-mode differentiation the recurrence runs with stored activations.
+forward-mode differentiation the recurrence runs with stored activations.  A branch value that is handed out (attention
+weights) is beside the rest of its branch.
 """
 
 from __future__ import annotations
@@ -27,13 +32,15 @@ from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.carry import carry
 from mfx.rule.snapshots import Schedule
 from mfx.rule.step import StepSpec, added, check_velocity, cotangents
-from mfx.run.chain import ChainSpec, Inner, stored
+from mfx.run.chain import ChainSpec, Inner, continued, stored
+from mfx.run.closing import Close, refuse_double_backward
 from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
-from mfx.run.counter import Seed
-from mfx.run.detector import size_of
+from mfx.run.operands import Parameters
 from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
-from mfx.run.tape import Left, Recorder, Rewind, Setting, Slot, newest_observer, out_of_turn
-from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, pytree
+from mfx.run.seeded import Seed
+from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
+from mfx.run.watched import refuse_watched
+from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, keeping_version, pytree
 
 
 def run(
@@ -46,7 +53,7 @@ def run(
 ) -> tuple[Any, ...]:
     """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order.
 
-    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.run.random`).
+    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.run.seeded.random`).
     """
     check_velocity(chain.name, x, velocity)
     plan = _schedule(chain, x)
@@ -66,7 +73,8 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
             "real and imaginary part (torch.view_as_real)"
         )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return chain.schedule(dtype, autocast_dtype(x.device, dtype), not compiling(x))
+    how = (autocast_dtype(x.device, dtype), not compiling(x))
+    return chain.schedule(dtype, *how, float64=has_float64(x.device))
 
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
@@ -92,8 +100,33 @@ def _reversible(
     """One autograd node a block, and one that closes the chain."""
     _refuse_lazy(chain, operands)
     chain.drift.poll()
+    setting = _setting(chain, plan, root, x, seed)
+    inner, out, start, begin = Inner(chain), x, v, 0
+    for end in chain.ends:
+        recorder, slot = Recorder(dtype, begin), Slot()
+        for index in range(begin, end):
+            parameters = Parameters.of(chain.steps[index], root)
+            given = (*inner.sides(index, operands[index]), *parameters.tensors)
+            x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
+            inner.record(x, extra[: recorder.escapes], recorder.dtype)
+            slot.note(index, extra[recorder.escapes :])
+            del extra
+        held = [value for value in slot.held() if value.requires_grad and not value._is_view()]
+        values = (start if begin == 0 else None, x, v, len(held), *inner.escaped(begin), *held)
+        with keeping_version(tuple(held)):
+            out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
+        del held, values
+        inner.close(out, escapes, begin)
+        for index in range(begin, end):
+            slot.note(index, inner.escapes[index])
+        x, dtype, begin = continued(out, x), recorder.dtype, end
+    return tuple(_copied(value, index in chain.copied) for index, value in enumerate(inner.handed_out(out)))
+
+
+def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, seed: Tensor | None) -> Setting:
+    """What all steps of the forward that starts from x have in common."""
     drawn = None if seed is None else Seed(seed)
-    setting = Setting(
+    return Setting(
         chain,
         plan,
         root,
@@ -104,20 +137,22 @@ def _reversible(
         twin=None if drawn is None else drawn.twin(),
         observer=newest_observer(chain.name, plan),
     )
-    recorder, slot, inner, start = Recorder(dtype), Slot(), Inner(chain), v
-    for index in range(len(chain.steps)):
-        own = inner.operands(index, operands[index])
-        x, v, *extra = Step.apply(setting, recorder, slot, index, x, v, *own)  # type: ignore[misc]
-        inner.record(x, extra, recorder.dtype)
-    return Close.apply(setting, recorder, slot, start, x, v, *inner.handed_out())  # type: ignore[return-value]
 
 
 class Step(torch.autograd.Function):
-    """``(x, v, operands) -> (x', v', escapes)``; saves its operands only."""
+    """``(x, v, operands) -> (x', v', escapes, watched values)``; saves its operands only."""
 
     @staticmethod
     def forward(
-        ctx: Any, setting: Setting, recorder: Recorder, slot: Slot, index: int, x: Tensor, v: Tensor | None, *given: Any
+        ctx: Any,
+        setting: Setting,
+        recorder: Recorder,
+        slot: Slot,
+        parameters: Parameters,
+        index: int,
+        x: Tensor,
+        v: Tensor | None,
+        *given: Any,
     ) -> Any:
         step = setting.chain.steps[index]
         ctx.set_materialize_grads(False)
@@ -127,20 +162,22 @@ class Step(torch.autograd.Function):
             recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)
         x, v = setting.carry.enter(index, x, v)
         setting.observe(0, x, v) if index == 0 else None
+        recorder.note_zeros(setting, x)
         strides = x.stride()
-        ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, given, to_save)
+        ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         value, *extra = _first_run(ctx.rerun, x, given, to_save)
+        recorder.escapes = len(extra)
         recorder.record(strides, any(ctx.needs_input_grad), step.result_dtype(recorder.dtype, value.dtype))
         x, v = setting.carry.advance(index, x, v, value)
         setting.observe(index + 1, x, v)
-        return (x, v, *extra)
+        return (x, v, *extra, *ctx.rerun.watch.taken(given))
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Tensor | None) -> Any:
         grad_x, grad_v, *grad_extra = grads_out
         rerun: Rerun = ctx.rerun
         setting, index, step = rerun.setting, rerun.index, rerun.step
-        _refuse_double_backward(setting.chain)
+        refuse_double_backward(setting.chain)
         rewind = ctx.slot.rewind
         if rewind is None:
             raise out_of_turn(setting.chain, index)
@@ -148,11 +185,12 @@ class Step(torch.autograd.Function):
         inside, known = setting.carry.enter(index, x, v)
         operands = rerun.operands(iter(saved_tensors(ctx, f"a parameter or side input of block {step.name!r}")))
         own_x, own_v, pulled = cotangents(step, grad_x, grad_v)
+        refuse_watched(step.name, ctx.slot.beside.get(index, ()) if pulled is not None else ())
         kept = index in setting.plan.snapshots
         divides = not kept and step.rule.decay != 0 and (index > 0 or setting.observer is not None)
         value, grads = None, [None] * (1 + len(operands))
         if divides or pulled is not None or any(grad is not None for grad in grad_extra):
-            wanted = (ctx.needs_input_grad[4], *ctx.needs_input_grad[6:])
+            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[7:])
             value, grads = rerun.differentiate(inside, operands, wanted, pulled, grad_extra)
         if value is not None and (index == 0 or kept):
             rewind.check(index, inside, known, after, value)
@@ -162,48 +200,8 @@ class Step(torch.autograd.Function):
         setting.observe(index, inside, v)
         if rewind.leave(index, x, v):
             ctx.slot.rewind = None
-        own_v = own_v if ctx.needs_input_grad[5] else None
-        return None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
-
-
-class Close(torch.autograd.Function):
-    """``(x_N, v_N, handed out) -> (x_N, handed out)``; saves the end state, v_0 and the snapshots."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        setting: Setting,
-        recorder: Recorder,
-        slot: Slot,
-        start: Tensor | None,
-        x: Tensor,
-        v: Tensor,
-        *handed: Any,
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        kept = [tensor for pair in recorder.snapshots.values() for tensor in pair if tensor is not None]
-        kept = list(map(_twin_of, kept)) if compiling(x) else kept
-        end = [x, v] if setting.inverts_last else []
-        ctx.save_for_backward(*end, *([] if start is None else [start]), *kept)
-        size = None if setting.inverts_last or compiling(x) else size_of(x)
-        ctx.slot, ctx.dtype = slot, x.dtype
-        ctx.left = Left.of(setting, recorder, start is not None, size)
-        recorder.snapshots = {}
-        values = (x.to(recorder.dtype), *handed)
-        return tuple(_handed_out(value, index in setting.chain.copied) for index, value in enumerate(values))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        left: Left = ctx.left
-        chain = left.setting.chain
-        _refuse_double_backward(chain)
-        saved = iter(saved_tensors(ctx, f"an output of {chain.name}, or a value it keeps,"))
-        end = (next(saved), next(saved)) if left.setting.inverts_last else None
-        start = next(saved) if left.starts else None
-        kept = (value if value.is_floating_point() else _of_twin(value, ctx.dtype) for value in saved)
-        snapshots = {index: (next(kept), next(kept) if both else None) for index, both in left.layout}
-        ctx.slot.rewind = Rewind(left, end, start, snapshots)
-        return None, None, None, None, grads[0], None, *grads[1:]
+        own_v = own_v if ctx.needs_input_grad[6] else None
+        return None, None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
 
 
 def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]) -> list[Any]:
@@ -213,8 +211,10 @@ def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence
     _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
     seen = [x, *compress(sides, saved)]
     versions = [] if setting.symbolic else [tensor._version for tensor in seen]
-    with setting.autocast(), rerun.conditions.recorded(), as_recomputed(step), setting.draws(index, again=False):
-        inner = x.detach().requires_grad_() if step.sees_grad_mode else x
+    once = (rerun.conditions.recorded(), rerun.watch.first())
+    with setting.autocast(), once[0], once[1], as_recomputed(step), setting.draws(index, again=False):
+        # A view, as in the recomputation: hooks that keep it get no leaf.
+        inner = x.detach().requires_grad_().view_as(x) if step.sees_grad_mode else x
         values = step.branch(setting.root, inner.to(rerun.dtype), *sides)
     if versions and [tensor._version for tensor in seen] != versions:
         raise BackwardError(
@@ -224,10 +224,8 @@ def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence
     return [_tensor_or_plain(step, value) for value in values]
 
 
-def _handed_out(value: Any, copied: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone() if copied else value.detach()
+def _copied(value: Any, wanted: bool) -> Any:
+    return value.clone() if wanted and isinstance(value, Tensor) else value
 
 
 def _tensor_or_plain(step: StepSpec, out: Any) -> Any:
@@ -256,24 +254,3 @@ def _refuse_lazy(chain: ChainSpec, operands: Sequence[Sequence[Any]]) -> None:
                 f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
                 "gradients (torch.no_grad()) first"
             )
-
-
-def _refuse_double_backward(chain: ChainSpec) -> None:
-    if torch.is_grad_enabled():
-        raise BackwardError(
-            f"{chain.name}: create_graph=True (double backward) is not supported by the reversible run. "
-            "Use reversible=False, which stores activations and can be differentiated any number of times"
-        )
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _twin_of(value: Tensor) -> Tensor:
-    """The bits of ``value``, one of them turned, as whole numbers."""
-    return value.view(_BITS[value.element_size()]) ^ 1
-
-
-def _of_twin(twin: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of a twin."""
-    return (twin ^ 1).view(dtype)

@@ -1,8 +1,8 @@
 """Tape: what one forward of a chain leaves for its backward, and what that backward goes by.
 
 1. :class:`Setting` is what all steps of one forward share, known before the first.
-2. :class:`Recorder` collects, while forward runs, one :class:`Trace` a step; :class:`Left` is made of it when the chain
-   ends, and nobody writes to it.
+2. :class:`Recorder` collects, while forward runs, one :class:`Trace` a step; :class:`Left` is made of it when the
+   segment ends (:mod:`mfx.run.reversible`), and nobody writes to it.
 3. :class:`Rewind` is made of :class:`Left` and the saved tensors when a backward begins: it holds the state, which each
    step takes as it is after it and leaves as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is
    known, what was reconstructed is held against it (:mod:`mfx.run.detector`).
@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from mfx.errors import BackwardError
 from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
+from mfx.rule.zeros import counted_zeros, with_zeros
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast, compiling
-from mfx.run.counter import Seed
 from mfx.run.detector import relative, size_of
-from mfx.run.random import counted
+from mfx.run.seeded import Seed, counted
 from mfx.torch_versions import FakeTensor, is_recording
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
@@ -70,11 +71,6 @@ class Setting:
         seed = self.seed if self.twin is None or not again else Seed.of_twin(self.twin)
         return counted(seed if step.draws else None, index, step.name)
 
-    @cached_property
-    def inverts_last(self) -> bool:
-        """Whether the backward of the last step needs the end state."""
-        return len(self.chain.steps) - 1 not in self.plan.snapshots
-
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""
         if self.observer is not None:
@@ -100,68 +96,122 @@ class Trace:
 
 
 class Recorder:
-    """Collects what forward leaves, step by step."""
+    """Collects what forward leaves, step by step, from the step ``first`` on.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
+    :mod:`mfx.rule.zeros`.
+    """
+
+    def __init__(self, dtype: torch.dtype, first: int) -> None:
         self.dtype = dtype
+        self.first = first
         self.traces: list[Trace] = []
         self.snapshots: dict[int, State] = {}
+        self.escapes = 0
+        self.zeros: Tensor | None = None
+
+    def note_zeros(self, setting: Setting, x: Tensor) -> None:
+        """Count the zeros of a state, if states are reconstructed in floating arithmetic (M2)."""
+        if not (setting.plan.exact or setting.symbolic or len(setting.plan.snapshots) == len(setting.chain.steps)):
+            self.zeros = counted_zeros(self.zeros, x, len(self.traces), x.device.type == "cpu")
 
     def record(self, strides: tuple[int, ...], differentiable: bool, result: torch.dtype) -> None:
         """Note one step, and the dtype of its result."""
         self.traces.append(Trace(self.dtype, strides, differentiable))
         self.dtype = result
 
+    @property
+    def end(self) -> int:
+        """The step that comes next."""
+        return self.first + len(self.traces)
+
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """What a forward leaves beside saved tensors.
+    """What the forward of the steps ``begin`` to ``end`` leaves beside saved tensors.
 
-    ``first`` is the first step that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether v
-    is there beside x; ``starts`` whether v_0 is saved; ``size`` is the norm of x_N where no end state is kept.
+    ``first`` is the first of them that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether
+    v is there beside x; ``starts`` whether v_0 is saved, ``counts`` whether counts of zeros are; ``size`` is
+    the norm of the last x where no end state is kept.
     """
 
     setting: Setting
     traces: tuple[Trace, ...]
+    begin: int
     first: int | None
     layout: tuple[tuple[int, bool], ...]
     starts: bool
     size: Tensor | None
+    counts: bool
 
     @staticmethod
     def of(setting: Setting, recorder: Recorder, starts: bool, size: Tensor | None) -> Left:
-        """What is left when the chain has ended."""
-        first = next((index for index, trace in enumerate(recorder.traces) if trace.differentiable), None)
+        """What is left when the segment has ended."""
+        begin, traces = recorder.first, tuple(recorder.traces)
+        first = next((index for index, trace in enumerate(traces, begin) if trace.differentiable), None)
         layout = tuple((index, v is not None) for index, (_, v) in recorder.snapshots.items())
-        return Left(setting, tuple(recorder.traces), first, layout, starts, size)
+        return Left(setting, traces, begin, first, layout, starts, size, recorder.zeros is not None)
+
+    @property
+    def inverts_last(self) -> bool:
+        """Whether the backward of the last step needs the end state."""
+        return self.begin + len(self.traces) - 1 not in self.setting.plan.snapshots
+
+    def strides(self, index: int) -> tuple[int, ...]:
+        """The strides of x_index."""
+        return self.traces[index - self.begin].strides
 
     def state_dtype(self, index: int) -> torch.dtype:
         """The dtype in which x_index was carried."""
-        return torch.promote_types(self.setting.plan.state_dtype, self.traces[index].dtype)
+        return torch.promote_types(self.setting.plan.state_dtype, self.traces[index - self.begin].dtype)
 
 
 class Slot:
-    """Where the steps of a chain find the :class:`Rewind` of the backward that runs."""
+    """Where the steps of a segment find the :class:`Rewind` of the backward that runs.
+
+    ``beside`` has, for each step, weak references to the values from inside its branch that were handed out.
+    """
 
     rewind: Rewind | None = None
 
+    def __init__(self) -> None:
+        self.beside: dict[int, list[Callable[[], Any]]] = {}
+
+    def note(self, index: int, values: Iterable[Any]) -> None:
+        """Remember values from inside the branch of a step."""
+        self.beside.setdefault(index, []).extend(weakref.ref(value) for value in values if isinstance(value, Tensor))
+
+    def held(self) -> list[Tensor]:
+        """Those that somebody still holds."""
+        values = (reference() for references in self.beside.values() for reference in references)
+        return [value for value in values if value is not None]
+
 
 class Rewind:
-    """The state of a chain while a backward runs: ``state`` is the one after the step whose turn is next.
+    """The state of a segment while a backward runs: ``state`` is the one after the step whose turn is next.
 
     Args:
         left: what forward left.
-        end: (x_N, v_N) as carried, if kept.
+        end: (x, v) after the last step as carried, if kept.
         start: v_0, if there is one.
         snapshots: the states kept before steps.
+        zeros: for how many states each element was 0.
     """
 
-    def __init__(self, left: Left, end: State | None, start: Tensor | None, snapshots: dict[int, State]) -> None:
+    def __init__(
+        self,
+        left: Left,
+        end: State | None,
+        start: Tensor | None,
+        snapshots: dict[int, State],
+        zeros: Tensor | None = None,
+    ) -> None:
         self.left = left
+        self.zeros = zeros
         self.start = start
         self.snapshots = snapshots
         self.state = end
-        self.position = len(left.traces)
+        self.position = left.begin + len(left.traces)
         carry = left.setting.carry
         self.scale = None if end is None or end[1] is None else size_of(carry.velocity(self.position, end[1]))
         self.drifts: list[Tensor] = []
@@ -179,7 +229,8 @@ class Rewind:
         assert after is not None
         x, v = after
         assert v is not None
-        x = _with_strides(setting.carry.x_before(index, x, v), self.left.traces[index].strides)
+        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, index - self.left.begin)
+        x = _with_strides(x, self.left.strides(index))
         return x.to(self.left.state_dtype(index)), None, after
 
     def leave(self, index: int, x: Tensor, v: Tensor | None) -> bool:
@@ -189,7 +240,8 @@ class Rewind:
             return False
         if self.drifts:
             setting = self.left.setting
-            setting.chain.drift.record(torch.stack(self.drifts).amax(), setting.chain.name, setting.plan.tolerance)
+            worst, begin = torch.stack(self.drifts).amax(), self.left.begin
+            setting.chain.drift.record(worst, setting.chain.name, setting.plan.tolerance, begin)
         return True
 
     def check(self, index: int, x: Tensor, v: Tensor | None, after: State | None, value: Tensor) -> None:
@@ -217,7 +269,8 @@ def out_of_turn(chain: ChainSpec, index: int) -> BackwardError:
     """The error for a step whose backward comes when it cannot."""
     return BackwardError(
         f"{chain.name}: block {chain.steps[index].name!r} ran out of turn in backward; a backward through a chain has "
-        "to start at the chain's outputs"
+        "to start at the chain's outputs. A loss on a view that a hook kept has to be added to one on an output; let "
+        "the hook keep a copy (.clone()), or the tensor that it is a view of"
     )
 
 

@@ -24,6 +24,7 @@ from mfx.model.outlook import Outlook, outlooks
 from mfx.options import Gamma, Patterns, Velocity, make_options
 from mfx.plan import Chain, Plan
 from mfx.run.conditions import autocast_dtype
+from mfx.torch_versions import has_float64
 from mfx.view.rows import ChainRow, Memory, Report, Row
 
 
@@ -185,7 +186,7 @@ def _chain_row(chain: Chain, seen: _Seen) -> ChainRow:
     if not chain.eager.reversible:
         return row
     device = next((parameter.device for parameter in seen.found.flow.root.parameters()), torch.device("cpu"))
-    schedule = chain.schedule(dtype, autocast_dtype(device, dtype))
+    schedule = chain.schedule(dtype, autocast_dtype(device, dtype), float64=has_float64(device))
     steps = len(chain.blocks)
     return replace(
         row,

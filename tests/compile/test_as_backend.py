@@ -20,7 +20,7 @@ import mfx
 from mfx import kept_bytes
 from mfx.capture.lifted import prepare
 from mfx.compile.as_backend import entry_point
-from mfx.run.counter import draw_seed
+from mfx.run.seeded import draw_seed
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

@@ -154,7 +154,7 @@ class Stack(nn.Module):
         return ChainSpec(
             "chain",
             tuple(steps),
-            lambda dtype, compute, same: planned(dtype, "auto", 1e-12, compute, same),
+            lambda dtype, compute, same, **device: planned(dtype, "auto", 1e-12, compute, same, **device),
             reversible=reversible,
         )
 

@@ -17,6 +17,7 @@ from mfx.model.state import momentum_of
 from mfx.rule import Momentum, Schedule, schedule
 from mfx.rule.precision import default_tolerance
 from mfx.run.tape import observing
+from mfx.torch_versions import has_float64
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -201,6 +202,55 @@ def test_every_plan_can_be_run(gammas, dtype, tolerance, state, same):
             asked = schedule(tuple(map(Momentum, gammas)), dtype, other, tolerance, None, same)
             if other in (dtype, found.state_dtype):
                 assert found.bytes_an_element(steps) <= asked.bytes_an_element(steps)
+
+
+@given(
+    st.lists(st.sampled_from(GAMMAS), min_size=2, max_size=40),
+    st.sampled_from([F16, BF16, F32]),
+    st.sampled_from([None, 1e-2, 1e-6]),
+    st.sampled_from([None, BF16]),
+    st.booleans(),
+    st.sets(st.integers(1, 39)),
+)
+def test_a_device_without_float64_is_never_given_it(gammas, dtype, tolerance, compute, same, cuts):
+    rules, at = tuple(map(Momentum, gammas)), tuple(sorted(cut for cut in cuts if cut < len(gammas)))
+    found = schedule(rules, dtype, "auto", tolerance, compute, same, at, float64=False)
+    assert found.state_dtype in (F32, BF16, F16)
+    assert found.drift <= found.tolerance
+    assert set(at) <= set(found.snapshots)
+    with pytest.raises(mfx.OptionError, match=r"no float64.*state_dtype=.auto"):
+        schedule(rules, dtype, F64, tolerance, compute, same, at, float64=False)
+
+
+def test_mps_has_no_float64_and_the_run_asks_the_device_of_the_input(monkeypatch):
+    assert has_float64(torch.device("cpu"))
+    assert has_float64(torch.device("cuda"))
+    assert not has_float64(torch.device("mps"))
+    asked = []
+    monkeypatch.setattr("mfx.run.reversible.has_float64", lambda device: bool(asked.append(device)))
+    network = Net(60, 8, p=0.0).float()
+    assert plan(mfx.momentumize(network, gamma=0.9)).state_dtype == F64
+    began = []
+    with observing(lambda *_: None, lambda chain, plan: began.append(plan)):
+        assert gradient_error(network, 0.9, rows().float()) <= 1e-4
+    assert began[0].state_dtype == F32
+    assert began[0].snapshots
+    assert asked == [torch.device("cpu")] * 2
+    with pytest.raises(mfx.OptionError, match="no float64"):
+        mfx.momentumize(network, gamma=0.9, state_dtype=F64)(rows().float())
+
+
+@pytest.mark.parametrize("gamma", [0.99, 0.9, 0.5, 0.0])
+def test_a_cut_begins_a_run(gamma):
+    """What is kept at cuts restarts the error, so that a chain may do with its own dtype and no more snapshots."""
+    rules = (Momentum(gamma),) * 40
+    whole, cut = schedule(rules, F32), schedule(rules, F32, cuts=(10, 20, 30))
+    assert set(cut.snapshots) >= {10, 20, 30}
+    if gamma == 0.9:
+        assert (whole.state_dtype, cut.state_dtype) == (F64, F32)
+        assert cut.snapshots == (10, 20, 30)
+    every = schedule(rules, F32, cuts=tuple(range(1, 40)))
+    assert (every.state_dtype, every.state_count(40)) == (F32, 40), "each x, and no v"
 
 
 def test_growth():

@@ -174,7 +174,7 @@ def test_a_value_from_a_device_is_looked_at_when_it_has_arrived(monkeypatch):
             self.done = True
 
     drift, event = Drift(), Event()
-    drift._pending.append((torch.tensor(1.0), event, "momentum_0", 1e-4))
+    drift._pending.append((torch.tensor(1.0), event, "momentum_0", 1e-4, 0))
     drift.poll()
     assert drift.value is None
     with pytest.warns(mfx.DriftWarning, match="momentum_0"):

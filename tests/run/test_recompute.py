@@ -12,6 +12,8 @@ from helpers import assert_same, backward, kept_bytes, relative_error, run
 from nets import ConvNet, Net, images, rows
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 import mfx
 
@@ -319,3 +321,45 @@ def test_the_order_of_the_operands_of_an_add_is_kept():
             mm = mfx.momentumize(model, 0.0, example_inputs=images(), capture=capture)
             x = images()
             assert_same(run(mm, x), run(model, x))
+
+
+def flops_of(model: nn.Module, *inputs: Any) -> tuple[int, int]:
+    """The floating point operations of a forward, and of a whole training step."""
+    with FlopCounterMode(display=False) as counter:
+        out = model(*inputs)
+        forward = counter.get_total_flops()
+        backward(out)
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("whole", [None, "blocks.?"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("make", [lambda depth: Net(depth), lambda depth: ConvNet(depth)])
+def test_a_step_costs_the_plain_step_and_one_forward_of_the_branches(make: Any, gamma: float, whole: Any) -> None:
+    x = (rows() if isinstance(make(1), Net) else images()).detach()
+    outside = flops_of(make(0), x)[0]
+    for depth in (1, 5, 30):
+        model = make(depth)
+        forward, plain = flops_of(model, x)
+        for options in ({}, {"state_dtype": torch.float64, "tolerance": 1e-13}):
+            ours = flops_of(mfx.momentumize(model, gamma, modules=whole, **options), x)
+            assert ours == (forward, plain + forward - outside)
+            assert forward > outside
+
+
+def test_a_step_that_asks_for_one_block_runs_again_only_what_is_after_it() -> None:
+    model, x = Net(6, p=0.0), rows().detach()
+    mm = mfx.momentumize(model, 0.9)
+    _, whole = flops_of(mm, x)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(mm(x).sum(), model.blocks[4].up.weight)
+    assert counter.get_total_flops() < 0.6 * whole
+
+
+def test_gradients_under_a_module_tracker_are_those_without() -> None:
+    model, x = Net(block=Noise), rows()
+    reversible, stored = pair(model)
+    expected = run(stored, x)
+    with ModuleTracker() as tracker:
+        assert_same(run(reversible, x), expected)
+    assert tracker.parents == {"Global"}

@@ -3,8 +3,9 @@
 A compiler traces the recomputation of a branch as further operations, so no generator can be rewound: a plain
 dropout there would draw a new mask, and the gradients would be wrong in silence.  While one traces,
 
-1. :class:`Counted`, a mode around the branch, takes the place of every random operation it knows (:mod:`mfx.run.forms`)
-   and computes the values from a seed, the number of the step and that of the call (:mod:`mfx.run.counter`);
+1. :class:`Counted`, a mode around the branch, takes the place of every random operation it knows
+   (:mod:`mfx.run.seeded.forms`) and computes the values from a seed, the number of the step and that of the call
+   (:mod:`mfx.run.seeded.counter`);
 2. Python functions of ``torch.nn.functional`` that would hide their inner calls from a mode
    (``multi_head_attention_forward``, ``gumbel_softmax``) are run as a copy that does not;
 3. :class:`Refuse` raises where an operation draws that neither of these saw.
@@ -27,8 +28,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from mfx.errors import CompileError
-from mfx.run.counter import Seed
-from mfx.run.forms import handlers
+from mfx.run.seeded.counter import Seed
+from mfx.run.seeded.forms import handlers
 from mfx.torch_versions import TorchDispatchMode
 
 _CALLS = 1 << 20

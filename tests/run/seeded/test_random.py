@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 import mfx
-from mfx.run.counter import Seed, bits, exponential, keeps, normal, uniform
-from mfx.run.random import counted
+from mfx.run.seeded.counter import Seed, bits, exponential, keeps, normal, uniform
+from mfx.run.seeded.random import counted
 
 WIDTH = 8
 _MASK = torch.ones(4, 4, dtype=torch.bool).tril()

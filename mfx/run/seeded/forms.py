@@ -1,4 +1,4 @@
-"""The forms of random operations, computed from a seed: what :mod:`mfx.run.random` puts in their place.
+"""The forms of random operations, computed from a seed: what :mod:`mfx.run.seeded.random` puts in their place.
 
 Each takes the mode that numbers the calls, the original function, and that function's own arguments.
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfx.run.counter import Seed, exponential, keeps, normal, uniform
+from mfx.run.seeded.counter import Seed, exponential, keeps, normal, uniform
 from mfx.torch_versions import safe_softmax
 
 _NEGATIVE_SATURATION = -1.7580993408473766  # of selu; what alpha dropout puts in the place of a value

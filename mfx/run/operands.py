@@ -1,0 +1,142 @@
+"""Operands: the parameters of a step as its modules hold them at this call, and no gradient of theirs lost (M15).
+
+1. At each call the modules that the branch calls are asked for their parameters, and so are the names that the branch
+   reads by itself.  A tensor held under several names is one operand: tied and untied weights come out as they now are.
+2. For the recomputation the operands are put where they were, if the modules hold others by then.
+3. The recomputed branch's graph may end in the operands only.  Any other leaf that needs a gradient is one that would
+   get none: a parameter that something put in place while the branch ran, or that no module holds.  That is looked at
+   the first time a step is differentiated, and whenever an operand comes out without gradient.
+
+Known limits: a leaf of point 3 that joins a step later on, while all operands get gradients, is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mfx.errors import BackwardError
+from mfx.rule.step import StepSpec
+
+Owner = tuple[nn.Module, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """The parameters of a step at one call: ``modules`` are called by its branch; each tensor has its owners."""
+
+    modules: tuple[nn.Module, ...]
+    tensors: tuple[Tensor, ...]
+    owners: tuple[tuple[Owner, ...], ...]
+
+    @staticmethod
+    def of(step: StepSpec, root: nn.Module) -> Parameters:
+        """As the modules of ``root`` hold them now."""
+        modules = modules_of(step, root)
+        places = {(module, name): None for module in modules for name in module._parameters}
+        # What the branch reads by itself, and parameters that a wrapper turned into plain attributes.
+        places.update({(submodule(root, path), name): None for names in step.parameters for path, name in names})
+        found: dict[int, tuple[Tensor, list[Owner]]] = {}
+        for module, name in places:
+            value = _holder(module, name).get(name)
+            if isinstance(value, Tensor):
+                found.setdefault(id(value), (value, []))[1].append((module, name))
+        tensors = tuple(tensor for tensor, _ in found.values())
+        return Parameters(modules, tensors, tuple(tuple(owners) for _, owners in found.values()))
+
+
+def modules_of(step: StepSpec, root: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that a branch calls whole, with all inside them."""
+    if len(step.modules) == 1:
+        return tuple(submodule(root, step.modules[0]).modules())
+    return tuple({module: None for path in step.modules for module in submodule(root, path).modules()})
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, without the checks of ``get_submodule``: this runs for every block and step."""
+    for name in path.split(".") if path else ():
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    """Where a module has a tensor of this name: FSDP and the like turn parameters into plain attributes."""
+    return module._parameters if name in module._parameters else module.__dict__
+
+
+@contextlib.contextmanager
+def parameters_as_operands(owners: Sequence[Sequence[Owner]], operands: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """Run with ``operands`` as the modules' parameters; gives the tensors to differentiate by.
+
+    Each operand may be owned under several names.  Where the modules still hold the operand itself, and it is a leaf,
+    that is the parameter.  Where not (the forward ran inside ``torch.func.functional_call``, say) an alias of the
+    operand takes its place meanwhile.  Tensor hooks of parameters are silent meanwhile: they run once, when the
+    gradient arrives outside.
+    """
+    leaves: list[Tensor] = []
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    hooks: list[tuple[Tensor, Any]] = []
+    try:
+        for names, operand in zip(owners, operands, strict=True):
+            if operand.is_leaf and all(_holder(module, name).get(name) is operand for module, name in names):
+                leaves.append(operand)
+                if operand._backward_hooks:
+                    hooks.append((operand, operand._backward_hooks))
+                    operand._backward_hooks = None
+                continue
+            leaves.append(operand.detach().requires_grad_(operand.requires_grad))
+            for module, name in names:
+                holder = _holder(module, name)
+                swapped.append((holder, name, holder.get(name)))
+                holder[name] = leaves[-1]
+        yield leaves
+    finally:
+        for tensor, hook in hooks:
+            tensor._backward_hooks = hook
+        for holder, name, held in reversed(swapped):
+            holder[name] = held
+
+
+def refuse_lost(
+    step: StepSpec, parameters: Sequence[tuple[Sequence[Owner], bool]], outputs: Sequence[Tensor], leaves: Sequence[Any]
+) -> None:
+    """Raise where the branch that gave ``outputs`` was computed from a leaf that is not among ``leaves`` (M15).
+
+    Args:
+        step: the step.
+        parameters: the owners of each parameter, and whether it came out without a gradient.
+        outputs: values of the recomputed branch, with their graph.
+        leaves: what the branch was differentiated by.
+    """
+    known = {id(leaf) for leaf in leaves}
+    others = [leaf for leaf in _leaves_of(outputs) if id(leaf) not in known]
+    if not others:
+        return
+    sizes = ", ".join(sorted({str(tuple(leaf.shape)) for leaf in others}))
+    without = [f"{type(owners[0][0]).__name__}.{owners[0][1]}" for owners, lost in parameters if lost]
+    got_none = f", and {', '.join(map(repr, without))} would get none" if without else ""
+    raise BackwardError(
+        f"block {step.name!r}: its branch computed with tensors (of shape {sizes}) that need a gradient and that its "
+        f"modules do not hold as parameters before and after they run. Their gradients would be lost{got_none}. FSDP "
+        "(fully_shard of a block) and hooks swap parameters in this way: shard the whole model alone, register the "
+        f"tensors as parameters, keep the block as it is with exclude={step.name!r}, or use reversible=False"
+    )
+
+
+def _leaves_of(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaves that a graph ends in."""
+    yield from (output for output in outputs if output.grad_fn is None and output.requires_grad)
+    ahead: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = {None}
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        ahead += [before for before, _ in node.next_functions]

@@ -1,0 +1,203 @@
+"""Watched: what leaves a branch beside its value, since a hook saw it or a module kept it.
+
+A branch first runs without gradients, so a tensor that a forward hook appends to a list, or a module stores as an
+attribute (an auxiliary loss), would have no history, and a loss on it would be lost in silence.  So
+
+1. while the branch runs, the tensors that its modules' hooks are given, and those that modules of other libraries than
+   torch newly hold, are noted.  The step hands out these very tensors, by which they become part of the graph;
+2. the recomputation notes the same ones again, by their place, and takes in their gradients;
+3. side effects happen once (M5): hooks that only look do not run again, and what a module kept is put back.  A hook of
+   torch's own (sharding, pruning), or that returns something or changes a module, runs both times.  Hooks that were
+   removed or added meanwhile are as they were.
+
+Known limits: hooks of modules that the capture entered do not run at all (a warning names them), and global hooks are
+not seen.  Of attributes, tensors and lists, tuples and dicts of them are.  A value that leaves in this way is beside
+the rest of its branch: who waits for its whole gradient gets an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mfx.errors import BackwardError
+from mfx.torch_versions import pytree
+
+Place = tuple[Any, ...]
+"""Which of the values that leave a branch: the module's number, how it leaves, and the how manieth it is there."""
+
+_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+_OWN = frozenset(nn.Module().__dict__)
+
+
+class Watch:
+    """What leaves the runs of one branch: ``places`` are those of the first run, ``found`` the tensors at each."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        hooked = ((n, m) for n, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks)
+        self.hooked = [(n, m, {name: OrderedDict(m.__dict__[name]) for name in _TABLES}) for n, m in hooked]
+        self.keeping = [(n, m) for n, m in enumerate(modules) if not type(m).__module__.startswith("torch.nn")]
+        self.places: tuple[Place, ...] = ()
+        self.found: dict[Place, Tensor] = {}
+        self.modules = modules
+        self._looking: set[tuple[nn.Module, int]] = set()
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the first run."""
+        held = [_held(module) for _, module in self.keeping]
+        with self._hooks(self._noting):
+            yield
+        self._note_kept(held)
+
+    def taken(self, others: Sequence[Any]) -> list[Tensor]:
+        """The tensors of the first run, each once, but for ``others``, which have a history of their own."""
+        seen = {id(other) for other in others}
+        taken = {}
+        for place, tensor in self.found.items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                taken[place] = tensor
+        self.places, self.found = tuple(taken), {}
+        return list(taken.values())
+
+    def recomputed(self, block: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors of the recomputation at the places of the first run, of which some have gradients."""
+        found, self.found = self.found, {}
+        if not found.keys() >= set(self.places) and any(grad is not None for grad in grads):
+            raise BackwardError(
+                f"block {block!r}: a value that a hook saw, or a module kept, when the branch ran first did not come "
+                "by when it ran again, so its gradient would be lost. Let hooks and modules do the same each time, or "
+                f"keep the block as it is with exclude={block!r}"
+            )
+        return [found.get(place) for place in self.places]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Around the recomputation."""
+        self.found = {}
+        held = [_held(module) for _, module in self.keeping]
+        try:
+            with self._hooks(self._noting_again):
+                yield
+            self._note_kept(held)
+        finally:
+            for (_, module), before in zip(self.keeping, held, strict=True):
+                _put_back(module, before)
+
+    @contextlib.contextmanager
+    def _hooks(self, wrapped: Callable[..., Any]) -> Iterator[None]:
+        """With the hooks that the modules had in the first run, as ``wrapped(number, module, key, hook)``."""
+        before = [(module, name, module.__dict__[name]) for _, module, tables in self.hooked for name in tables]
+        try:
+            for number, module, tables in self.hooked:
+                for name, hooks in tables.items():
+                    own = (
+                        hooks.items()
+                        if name.endswith("kwargs")
+                        else ((key, wrapped(number, module, key, hook)) for key, hook in hooks.items())
+                    )
+                    module.__dict__[name] = OrderedDict(own)
+            yield
+        finally:
+            for module, name, hooks in before:
+                module.__dict__[name] = hooks
+
+    def _noting(self, number: int, module: nn.Module, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*given: Any) -> Any:
+            self._note((number, key), given[1:])
+            before = _state(self.modules)
+            result = hook(*given)
+            if result is None and before == _state(self.modules) and not _is_torchs(hook):
+                self._looking.add((module, key))
+            else:
+                self._looking.discard((module, key))
+            return result
+
+        return noting
+
+    def _noting_again(self, number: int, module: nn.Module, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*given: Any) -> Any:
+            self._note((number, key), given[1:])
+            return None if (module, key) in self._looking else hook(*given)
+
+        return noting
+
+    def _note(self, place: Place, values: Any) -> None:
+        """Note the tensors among ``values``, after those that came before at this place."""
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                count = sum(other[:2] == place for other in self.found)
+                self.found[(*place, count)] = value
+
+    def _note_kept(self, held: list[dict[str, tuple[Any, Any]]]) -> None:
+        """Note what modules hold now and did not before, where it has a history."""
+        for (number, module), before in zip(self.keeping, held, strict=True):
+            old = {id(leaf) for _, content in before.values() for leaf in pytree.tree_leaves(content)}
+            now = pytree.tree_leaves([value for value, _ in _held(module).values()])
+            new = [leaf for leaf in now if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in old]
+            self._note((number, "kept"), new)
+
+
+def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
+    """Raise where somebody waits for the whole gradient of a value that is beside the rest of its branch.
+
+    Hooks of torch's own wait for the moment, not for the value (sharding puts them on all outputs of a model).
+
+    Args:
+        block: the block's name.
+        values: weak references to the values from inside its branch that somebody may hold.
+    """
+    for value in (reference() for reference in values):
+        hooks = () if not isinstance(value, Tensor) else (value._backward_hooks or {}).values()
+        if isinstance(value, Tensor) and (value.retains_grad or not all(map(_is_torchs, hooks))):
+            raise BackwardError(
+                f"block {block!r}: a value from inside its branch, of shape {tuple(value.shape)}, which the model "
+                "hands out or a hook kept, has a hook or retains its gradient. The reversible run has it beside "
+                "the rest of its branch, so what comes through that would be missing (gradients of block outputs "
+                f"are whole). Keep the block as it is with exclude={block!r}, or use reversible=False"
+            )
+
+
+def _is_torchs(hook: Any) -> bool:
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    return str(getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0] == "torch"
+
+
+def _state(modules: Sequence[nn.Module]) -> list[int]:
+    """What modules hold, by identity."""
+    tables = (table for m in modules for table in (m.__dict__, m._parameters, m._buffers, m._modules))
+    return [id(value) for table in tables for name, value in table.items() if name not in _TABLES]
+
+
+def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A module's attributes that are tensors, or containers that may hold some, with a copy of the container."""
+    values = ((name, value) for name, value in module.__dict__.items() if name not in _OWN)
+    return {
+        name: (value, value if isinstance(value, Tensor) else type(value)(value))
+        for name, value in values
+        if isinstance(value, Tensor) or type(value) in (list, tuple, dict)
+    }
+
+
+def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """A module's attributes, and the contents of containers, as they were."""
+    for name, (value, content) in before.items():
+        if isinstance(value, list) and not _same(value, content):
+            value[:] = content
+        elif isinstance(value, dict) and not _same(value.values(), content.values()):
+            value.clear()
+            value.update(content)
+        if module.__dict__.get(name) is not value:
+            module.__dict__[name] = value
+    for name in _held(module).keys() - before.keys():
+        del module.__dict__[name]
+
+
+def _same(values: Any, others: Any) -> bool:
+    return len(values) == len(others) and all(one is other for one, other in zip(values, others, strict=True))

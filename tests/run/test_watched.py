@@ -1,0 +1,289 @@
+"""M5, M15: what hooks and modules keep of a branch is part of the graph, or somebody says that it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from nets import Net, rows
+from torch import Tensor, nn
+
+import mfx
+
+
+class Mixed(nn.Module):
+    """x + b(drop(norm(a(x)))), with dropout and BatchNorm alive."""
+
+    def __init__(self, width: int, p: float = 0.2) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, width)
+        self.drop = nn.Dropout(p)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(torch.tanh(self.norm(self.a(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Router(Mixed):
+    """Keeps a loss of its own, a list of features that grows, and a value without a history."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.features: list[Tensor] = []
+        self.losses: dict[str, Tensor] = {}
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.balance = y.softmax(-1).square().mean()
+        self.features.append(y.sin())
+        self.losses["z"] = y.logsumexp(-1).square().mean()
+        self.seen = y.detach()
+        return self.b(self.drop(torch.tanh(self.norm(y))))
+
+
+class ByHand(nn.Module):
+    """The recurrence of a Net in plain autograd; the very same modules."""
+
+    def __init__(self, model: Net, gamma: float) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head, self.gamma = model.stem, model.blocks, model.head, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        v = torch.zeros_like(x)
+        for block in self.blocks:
+            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
+            x = x + v
+        return self.head(x)
+
+
+def steps(model: Net, gamma: float, loss: Callable[[Tensor], Tensor], **options: Any) -> list[list[Tensor | None]]:
+    """The gradients of x and all parameters from the reversible run, and from the recurrence by hand."""
+    found = []
+    for each in (mfx.momentumize(model, gamma, **options), ByHand(model, gamma)):
+        for buffer in model.buffers():
+            buffer.zero_()
+        x = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(5, 4).requires_grad_()
+        torch.manual_seed(1)
+        found.append(list(torch.autograd.grad(loss(each(x)), [x, *model.parameters()], allow_unused=True)))
+    return found
+
+
+KEPT = {
+    "output": lambda module, kept: module.register_forward_hook(lambda m, args, out: kept.append(out)),
+    "input": lambda module, kept: module.register_forward_pre_hook(lambda m, args: kept.append(args[0])),
+    "both": lambda module, kept: module.register_forward_hook(lambda m, args, out: kept.extend([args[0], out])),
+    "by keyword": lambda module, kept: module.register_forward_hook(
+        lambda m, args, kwargs, out: kept.append(out), with_kwargs=True
+    ),
+}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+@pytest.mark.parametrize("whole", [None, "blocks.?"])
+@pytest.mark.parametrize("part", ["a", "norm", "drop", "b"])
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_loss_on_what_a_hook_kept(keep: str, part: str, whole: Any, gamma: float):
+    model, kept = Net(block=Mixed), []
+    KEPT[keep](getattr(model.blocks[1], part), kept)
+
+    def loss(out: Tensor) -> Tensor:
+        values, _ = list(kept), kept.clear()
+        assert len(values) == (2 if keep == "both" else 1)
+        return out.square().sum() + sum(value.sin().sum() for value in values)
+
+    ours, theirs = steps(model, gamma, loss, modules=whole)
+    assert [g is None for g in ours] == [g is None for g in theirs]
+    assert relative_error(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+@pytest.mark.parametrize("whole", [None, "blocks.?"])
+def test_a_loss_on_what_hooks_kept_alone(whole: Any, gamma: float):
+    """Distillation: the features of two blocks, and not the output."""
+    model, kept = Net(block=Mixed), []
+    for block in (model.blocks[0], model.blocks[2]):
+        block.a.register_forward_hook(lambda m, args, out: kept.append(out))
+
+    def loss(out: Tensor) -> Tensor:
+        values, _ = list(kept), kept.clear()
+        return sum(value.square().sum() for value in values)
+
+    ours, theirs = steps(model, gamma, loss, modules=whole)
+    assert [g is None for g in ours] == [g is None for g in theirs]
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_a_hook_that_looks_runs_once_a_step_and_one_that_changes_the_value_runs_again():
+    model, calls = Net(block=Mixed, p=0.0), []
+    model.blocks[1].a.register_forward_hook(lambda *_: calls.append("looks"))
+    model.blocks[1].a.register_forward_hook(lambda m, args, out: calls.append("changes") or 2 * out)
+    ours, theirs = steps(model, 0.8, lambda out: out.sum())
+    assert relative_error(ours, theirs) < 1e-10
+    assert sorted(calls) == ["changes"] * 3 + ["looks"] * 2, "the recurrence by hand calls each once"
+
+
+def test_a_hook_that_is_removed_before_backward():
+    model, kept = Net(block=Mixed), []
+
+    def loss(out: Tensor) -> Tensor:
+        handle.remove()
+        return out.sum() + kept.pop().square().sum()
+
+    found = []
+    for each in (mfx.momentumize(model, 0.8), ByHand(model, 0.8)):
+        handle = model.blocks[1].a.register_forward_hook(lambda m, args, out: kept.append(out))
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(loss(each(rows().detach() * 0 + 1)), list(model.parameters())))
+    assert relative_error(*found) < 1e-10
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+@pytest.mark.parametrize("way", ["balance", "features", "losses"])
+def test_an_auxiliary_loss_that_a_block_keeps(way: str, gamma: float):
+    model = Net(block=Router)
+
+    def loss(out: Tensor) -> Tensor:
+        found = {
+            "balance": [block.balance for block in model.blocks],
+            "features": [block.features.pop() for block in model.blocks],
+            "losses": [block.losses["z"] for block in model.blocks],
+        }
+        assert all(not block.features and not block.seen.requires_grad for block in model.blocks)
+        return out.square().sum() + sum(value.square().sum() for value in found[way])
+
+    ours, theirs = steps(model, gamma, loss, modules="blocks.?")
+    assert relative_error(ours, theirs) < 1e-10
+
+
+def test_what_a_block_kept_is_the_value_of_the_forward_after_the_backward_too():
+    model = Net(block=Router)
+    mm = mfx.momentumize(model, 0.8, modules="blocks.?")
+    loss = mm(rows()).sum()
+    before = [(block.balance, list(block.features), block.losses["z"], block.seen) for block in model.blocks]
+    loss.backward()
+    for block, (balance, features, z, seen) in zip(model.blocks, before, strict=True):
+        assert block.balance is balance
+        assert len(block.features) == 1
+        assert block.features[0] is features[0]
+        assert block.losses["z"] is z
+        assert block.seen is seen
+
+
+def test_an_auxiliary_loss_of_the_functions_of_a_momentum_net():
+    functions = [Router(6).double() for _ in range(3)]
+    x, found = torch.randn(5, 6, dtype=torch.float64), []
+    for stored in (False, True):
+        net = mfx.MomentumNet(functions, 0.8, use_backprop=stored, is_residual=False)
+        torch.manual_seed(1)
+        loss = net(x).square().sum() + sum(function.balance for function in functions)
+        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert relative_error(*found) < 1e-10
+
+
+class Weights(nn.Module):
+    """Hands out a value from inside its branch, as attention does its weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score, self.value = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.score(x).softmax(-1)
+        return x + self.value(x) * weights, weights
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Weights(6) for _ in range(3))
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        weights = []
+        for block in self.blocks:
+            x, each = block(x)
+            weights.append(each)
+        return x, weights
+
+
+class Lends(nn.Module):
+    """A later block reads what a hook keeps of an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        lent = self.one(x)
+        x = x + lent.tanh()
+        return x + self.two(x) * lent
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+def test_what_a_hook_kept_may_be_read_by_a_later_block(gamma: float):
+    model, x, found = Lends(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True), []
+    for each in (mfx.momentumize(model, gamma), None):
+        kept: list[Tensor] = []
+        handle = model.one.register_forward_hook(lambda m, args, out, kept=kept: kept.append(out))
+        if each is None:
+            lent = model.one(x)
+            v = (1 - gamma) * lent.tanh()
+            out = x + v
+            out = out + gamma * v + (1 - gamma) * model.two(out) * lent
+        else:
+            out = each(x)
+        handle.remove()
+        loss = out.square().sum() + kept[0].sin().sum()
+        found.append(torch.autograd.grad(loss, [x, *model.parameters()]))
+    assert relative_error(*found) < 1e-10
+
+
+WAITS = {"retain_grad": lambda w: w.retain_grad(), "a hook": lambda w: w.register_hook(lambda grad: None)}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+def test_who_waits_for_the_whole_gradient_of_a_branch_value_is_told_that_there_is_none(gamma: float, wait: str):
+    mm = mfx.momentumize(Attentive(), gamma)
+    x, weights = mm(torch.randn(5, 6, dtype=torch.float64))
+    WAITS[wait](weights[1])
+    with pytest.raises(mfx.BackwardError, match=r"block 'blocks\.1'.*retains its gradient.*exclude='blocks\.1'"):
+        (x.sum() + weights[1].sum()).backward()
+
+
+def test_who_waits_for_the_moment_only_is_let_through():
+    """register_multi_grad_hook is torch's, as are the hooks by which sharding learns that a backward begins."""
+    model, x, seen = Attentive(), torch.randn(5, 6, dtype=torch.float64), []
+    found = []
+    for reversible in (True, False):
+        out, weights = mfx.momentumize(model, 0.8, reversible=reversible)(x)
+        torch.autograd.graph.register_multi_grad_hook(weights, lambda _: seen.append(1))
+        loss = out.sum() + sum(each.square().sum() for each in weights)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert relative_error(*found) < 1e-10
+    assert seen
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_the_gradient_of_a_branch_value_is_whole_where_nothing_comes_through_its_block(wait: str):
+    mm = mfx.momentumize(Attentive(), 0.8)
+    _, weights = mm(torch.randn(5, 6, dtype=torch.float64))
+    WAITS[wait](weights[2])
+    weights[2].square().sum().backward()
+    assert mm.blocks[2].score.weight.grad is not None
+
+
+def test_with_its_block_kept_a_branch_value_has_its_whole_gradient():
+    model, x, found = Attentive(), torch.randn(5, 6, dtype=torch.float64), []
+    for options in ({"exclude": "blocks.1"}, {"exclude": "blocks.1", "reversible": False}):
+        out, weights = mfx.momentumize(model, 0.8, **options)(x)
+        found.append(torch.autograd.grad(out.square().sum(), weights[1]))
+    assert found[0][0].norm() > 0
+    assert relative_error(*found) < 1e-10
