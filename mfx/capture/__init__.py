@@ -1,7 +1,6 @@
 """From a model and a call to a graph with its notes, and to the calls that the graph stands for."""
 
-from mfx.capture.call import Call, as_call, default_form
-from mfx.capture.captured import Captured
+from mfx.capture.call import Call, Captured, as_call, default_form
 from mfx.capture.dynamo import capture_dynamo
 from mfx.capture.named import named_modules
 from mfx.capture.symbolic import capture_symbolic

@@ -32,8 +32,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mfx.capture.call import Call
-from mfx.capture.captured import Run
+from mfx.capture.call import Call, Run
 from mfx.capture.lifted import mark, note_shape
 from mfx.capture.named import recording
 from mfx.capture.tracer import Constant
@@ -48,7 +47,7 @@ _LOGGING = "debug info warning warn error log critical exception warning_once in
 
 @dataclass(frozen=True, eq=False)
 class DynamoCapture:
-    """A model's computation for the calls that its guards let through; a :class:`mfx.capture.captured.Captured`.
+    """A model's computation for the calls that its guards let through; a :class:`mfx.capture.call.Captured`.
 
     ``graph`` takes the values named by ``taken`` among those that the bytecode gives, and returns what the bytecode
     expects.

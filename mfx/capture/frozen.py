@@ -5,27 +5,36 @@ children of every module that the tracing entered, and, of modules taken whole, 
 only while its guards hold, so that a mode or setting of one call never leaks into a later one (M1).
 
 What cannot be guarded is refused: draws of Python's, NumPy's or torch's generators, writes to tensors made without
-regard to the inputs, and attributes that a forward sets.
+regard to the inputs, attributes that a forward sets, modes that it leaves switched, and arguments that hold what may be
+another thing the next time.
 
 Known limits: module-level globals and class attributes are not guarded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import inspect
+import numbers
 import os
 import random
 import sys
 import traceback
-from dataclasses import dataclass
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from mfx.capture.call import Form, Input
 from mfx.capture.tracer import Constant, Tracer
 from mfx.errors import CaptureError
-from mfx.graph.notes import ADDED
+from mfx.graph.notes import ADDED, Modes
 from mfx.graph.writes import aliased, writes
+from mfx.torch_versions import pytree
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -75,6 +84,56 @@ class Guards:
 
 def _parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in module._parameters.items() if parameter is not None)
+
+
+_PLAIN = (numbers.Number, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_PLAIN = (*_PLAIN, torch.memory_format, torch.Generator, enum.Enum, type, types.BuiltinFunctionType, Input)
+"""Arguments of these types are what they are, or (a generator) looked at by torch alone."""
+
+
+def refuse_objects(forward: Any, form: Form) -> None:
+    """An object among the arguments may hold other tensors the next time, and a graph would hold the first ones."""
+    args, kwargs = form.fill(leaf for leaf in form.leaves if isinstance(leaf, Input))
+    try:
+        named = inspect.signature(forward).bind(None, *args, **kwargs).arguments
+    except TypeError:
+        named = {f"input {place}": leaf for place, leaf in enumerate(form.leaves)}
+    for name, value in named.items():
+        for leaf in pytree.tree_leaves(value):
+            if not _is_plain(leaf):
+                raise CaptureError(
+                    f"the argument {name!r} holds a {type(leaf).__module__}.{type(leaf).__qualname__}, and a "
+                    "symbolically captured graph would hold what is in it now for good: pass tensors, numbers, "
+                    "strings and containers of them, or let Dynamo follow the object (capture='dynamo' or 'auto')"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None and not value.__dict__
+    if isinstance(value, slice):
+        return all(map(_is_plain, (value.start, value.stop, value.step)))
+    if isinstance(value, (range, torch.Size)):
+        return True
+    if is_dataclass(value) and not isinstance(value, type):
+        frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        return frozen and all(_is_plain(getattr(value, field.name)) for field in fields(value))
+    return isinstance(value, _PLAIN)
+
+
+@contextlib.contextmanager
+def modes_kept(root: nn.Module) -> Iterator[None]:
+    """Refuse a forward that ends in another grad mode than it began in, and go back to that."""
+    before = Modes.current()
+    try:
+        yield
+        if Modes.current() != before:
+            raise CaptureError(
+                f"{type(root).__name__}.forward leaves another grad mode or autocast behind than it found, which a "
+                "captured graph would not repeat: switch it in a with statement (with torch.set_grad_enabled(...):)"
+            )
+    finally:
+        torch.set_grad_enabled(before.grad)
 
 
 def generator_states() -> tuple[Any, ...]:

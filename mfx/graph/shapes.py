@@ -6,6 +6,7 @@ device and hold no memory; so inputs of any size cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from mfx.errors import InputTypeError
-from mfx.graph.notes import DTYPE, DTYPE_KEPT, SHAPE
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, switched
 from mfx.memory import KeptBytes
 from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
@@ -71,13 +72,20 @@ class Fake:
         return total
 
 
-class _Interpreter(fx.Interpreter):
-    """Runs a root-relative graph node by node, noting each value's shape and dtype."""
+class Interpreter(fx.Interpreter):
+    """Runs a root-relative graph node by node, each under its modes; ``at`` is the node that runs."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         super().__init__(nn.Module(), graph=graph)
         self.root = root
-        self.kept = kept
+        self.base: Modes | None = graph.output_node().meta.get(MODES)
+        self.now = self.base
+        self.switch = contextlib.ExitStack()
+        self.at: fx.Node | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with self.switch:
+            return super().run(*args, **kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         owner, _, name = target.rpartition(".")
@@ -85,6 +93,28 @@ class _Interpreter(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.root.get_submodule(target)(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n
+        modes = n.meta.get(MODES)
+        if self.base is not None and modes is not None and modes != self.now and n.op not in _ANYWHERE:
+            self.switch.close()
+            if modes != self.base:
+                self.switch.enter_context(switched(*modes.switch(self.base)))
+            self.now = modes
+        return super().run_node(n)
+
+
+_ANYWHERE = ("placeholder", "get_attr")
+"""What may be done under any modes."""
+
+
+class _Noting(Interpreter):
+    """Notes each value's shape and dtype, and the bytes that it keeps."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+        super().__init__(graph, root)
+        self.kept = kept
 
     def run_node(self, n: fx.Node) -> Any:
         self.kept.owner = n
@@ -114,7 +144,7 @@ def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[Any]) -> di
         output = None
         with KeptBytes([*root.parameters(), *root.buffers(), *_tensors(fake.tensors)]) as kept:
             try:
-                output = _Interpreter(graph, root, kept).run(*fake.tensors)
+                output = _Noting(graph, root, kept).run(*fake.tensors)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return {}
             except (RuntimeError, TypeError, ValueError) as error:
