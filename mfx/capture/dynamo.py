@@ -21,8 +21,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
-import random
-import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +31,7 @@ import torch
 from torch import fx, nn
 
 from mfx.capture.call import Call, Run
+from mfx.capture.frozen import generators_kept
 from mfx.capture.lifted import mark, note_shape
 from mfx.capture.named import recording
 from mfx.capture.tracer import Constant
@@ -115,7 +114,7 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
     # The patch has to lie inside the metrics context, which torch 2.11 would else try to write it to.
     with (
         _slow_path(),
-        _generators_kept(),
+        generators_kept(),
         torch_dynamo.get_metrics_context(),
         torch_dynamo.dynamo_timed("mfx"),
         _settings(),
@@ -221,20 +220,6 @@ def _slow_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the random generators as they are."""
-    numpy = sys.modules.get("numpy")
-    python, of_numpy = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
 
 
 def _settings() -> Any:

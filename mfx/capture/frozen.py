@@ -34,12 +34,13 @@ from mfx.capture.tracer import Constant, Tracer
 from mfx.errors import CaptureError
 from mfx.graph.notes import ADDED, Modes
 from mfx.graph.writes import aliased, writes
-from mfx.torch_versions import pytree
+from mfx.torch_versions import GLOBAL_HOOKS, pytree, without_modes
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Attributes of these types are compared by value."""
 _MISSING = object()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLANNED_BY = ("p", "dropout", "inplace")
 """The attributes of modules taken whole that a plan depends on (:mod:`mfx.graph.operations`)."""
 
@@ -142,6 +143,42 @@ def generator_states() -> tuple[Any, ...]:
     python = random.getstate()
     drawn = numpy.random.get_state() if numpy is not None else (0, [0])
     return (python, drawn[2:], list(drawn[1])), torch.get_rng_state()
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the random generators as they are."""
+    numpy = sys.modules.get("numpy")
+    python, of_numpy = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+@contextlib.contextmanager
+def apart(root: nn.Module) -> Iterator[None]:
+    """Run the model once more, unseen: attributes and generators stay, no hooks run, and no mode sees what runs."""
+    before = {module: dict(module.__dict__) for module in root.modules()}
+    everywhere = [dict(hooks) for hooks in GLOBAL_HOOKS]
+    cache = torch.is_autocast_cache_enabled()
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing)
+    try:
+        for hooks in GLOBAL_HOOKS:
+            hooks.clear()
+        for module in before:
+            module.__dict__.update({name: {} for name in _HOOKS if module.__dict__.get(name)})
+        torch.set_autocast_cache_enabled(False)  # a weight that one run has cast, the other would find cast
+        with without_modes(), generators_kept(), dropped:
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+        restore(before)
+        for hooks, entries in zip(GLOBAL_HOOKS, everywhere, strict=True):
+            hooks.update(entries)
 
 
 def refuse_frozen_draws(before: tuple[Any, ...]) -> None:

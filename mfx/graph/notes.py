@@ -7,6 +7,7 @@ reads a graph reads notes, and asks no capture.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,11 +69,7 @@ class Modes:
     @staticmethod
     def current() -> Modes:
         """Those in force now; the dtype of an autocast that is off does not matter."""
-        kinds = ["cpu"]
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and torch.amp.is_autocast_available(accelerator.type):
-            kinds.append(accelerator.type)
-        on = [(kind, torch.is_autocast_enabled(kind)) for kind in kinds]
+        on = [(kind, torch.is_autocast_enabled(kind)) for kind in _device_types()]
         autocast = tuple((kind, is_on, torch.get_autocast_dtype(kind) if is_on else None) for kind, is_on in on)
         return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
@@ -83,6 +80,14 @@ class Modes:
         other = [mine for mine, theirs in zip(self.autocast, base.autocast, strict=True) if mine != theirs]
         autocast = tuple((kind, is_on, dtype or torch.get_autocast_dtype(kind)) for kind, is_on, dtype in other)
         return grad, inference, autocast
+
+
+@functools.cache
+def _device_types() -> tuple[str, ...]:
+    """Those that autocast may be on for."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    return tuple(kind for kind in kinds if torch.amp.is_autocast_available(kind))
 
 
 @contextlib.contextmanager

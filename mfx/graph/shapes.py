@@ -7,7 +7,7 @@ device and hold no memory; so inputs of any size cost nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ class Fake:
 
     def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        self.mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode: Any = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.tensors = [self._fake(tensor) for tensor in tensors]
@@ -70,6 +70,26 @@ class Fake:
             total = kept.total()
             del output
         return total
+
+
+class Real(Fake):
+    """The place where a model runs on real values: on copies, which are all that it writes to."""
+
+    def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
+        self.mode = contextlib.nullcontext()
+        self.model = model
+        self.given = tensors
+
+    def _fake(self, tensor: Any) -> Any:
+        return tensor.detach().clone() if isinstance(tensor, torch.Tensor) else tensor
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.tensors = [self._fake(value) for value in self.given]
+        devices = {parameter.device for parameter in self.model.parameters() if parameter.device.type != "cpu"}
+        kind = next(iter(devices)).type if devices else "cuda"
+        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind), super().__call__():
+            yield
 
 
 class Interpreter(fx.Interpreter):
