@@ -183,7 +183,9 @@ class _Log(TorchDispatchMode):
         return self.sources.get(id(value), value)
 
     def applied(self, function: type, grad: bool, args: tuple[Any, ...]) -> Any:
-        """Note that a custom Function is called."""
+        """Note that a custom Function is called, for more than constants."""
+        if not any(isinstance(self.operand(value), _Of) for value in pytree.tree_leaves(args)):
+            return NotImplemented
         self.rows.append(
             _Row(f"{function.__module__}.{function.__qualname__}", [], [], Modes.current(), self.at(), True)
         )
@@ -191,6 +193,8 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question (device, layout), no operation
+            return func(*args, **kwargs)
         operands = [self.operand(value) for value in pytree.tree_leaves((args, kwargs))]
         draws = torch.Tag.nondeterministic_seeded in func.tags
         unset = "empty" in func._schema.name  # what is in it has no value yet, so it is no constant

@@ -27,7 +27,6 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from mfx.errors import CaptureError
 from mfx.graph import operations
-from mfx.graph.dataflow import get_attribute
 from mfx.graph.notes import NUMBER, STATE
 from mfx.torch_versions import pytree
 
@@ -149,7 +148,8 @@ def _type_of(node: fx.Node, root: nn.Module) -> type | None:
     if node.op == "placeholder":
         return torch.Tensor
     if node.op == "get_attr":
-        return type(get_attribute(root, str(node.target)))
+        owner, _, name = str(node.target).rpartition(".")
+        return nn.Parameter if name in root.get_submodule(owner)._parameters else torch.Tensor
     if node.op == "call_module":
         return _type_of_module_value(root.get_submodule(str(node.target)))
     value = getattr(node.target, "value", None)
