@@ -116,6 +116,8 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, (value.start, value.stop, value.step)))
     if isinstance(value, (range, torch.Size)):
         return True
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_plain, value))
     if is_dataclass(value) and not isinstance(value, type):
         frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
         return frozen and all(_is_plain(getattr(value, field.name)) for field in fields(value))

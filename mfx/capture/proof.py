@@ -69,15 +69,14 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
     if _now.at_work or lazy or is_recording() or torch.jit.is_tracing() or functions_are_transformed():
         return False
     inputs = captured.inputs(root, call)
-    symbolic = any(
-        isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor)) for value in inputs
-    )
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    symbolic = any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
     proof = _Proof(root, forward, captured)
     _now.at_work = True
     try:
         with apart(root):
             try:
-                logs = proof.logs(Fake(root, inputs))
+                logs = proof.logs(_fake(root, inputs))
             except CaptureError:
                 raise
             except Exception:
@@ -89,6 +88,15 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
     finally:
         _now.at_work = False
     return True
+
+
+def _fake(root: nn.Module, inputs: list[Any]) -> Fake:
+    """A place for fake tensors, those that ask for a gradient asking there too."""
+    place = Fake(root, inputs)
+    for given, fake in zip(inputs, place.tensors, strict=True):
+        if isinstance(given, torch.Tensor) and given.requires_grad:
+            fake.requires_grad_()
+    return place
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,12 @@ class _Proof:
         if any(STATE in module.__dict__ for module in self.root.modules() if module is not self.root):
             with place():  # parts with graphs of their own capture them now, and not between two logs
                 self.own(place.tensors)
-        return self._log(place, lambda log: self.own(place.tensors)), self._log(
-            place, lambda log: self.graph(place, log)
-        )
+        own = self._log(place, lambda log: self.own(place.tensors))
+        try:
+            return own, self._log(place, lambda log: self.graph(place, log))
+        except Exception as error:
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise _refusal(self.root, f"the model runs to its end\n    the graph stops with {said}") from error
 
     def own(self, inputs: Sequence[Any]) -> list[Any]:
         """The flat outputs of the model's own forward."""

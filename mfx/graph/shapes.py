@@ -81,7 +81,8 @@ class Real(Fake):
         self.given = tensors
 
     def _fake(self, tensor: Any) -> Any:
-        return tensor.detach().clone() if isinstance(tensor, torch.Tensor) else tensor
+        copied = isinstance(tensor, torch.Tensor)
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad) if copied else tensor
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

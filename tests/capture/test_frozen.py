@@ -76,7 +76,7 @@ def test_objects_inside_containers_are_found():
         return x + self.f(x)
 
     mm = mfx.momentumize(net(forward), 0.0, capture="fx")
-    with pytest.raises(mfx.CaptureError, match="argument 'bags' holds a .*Bag"):
+    with pytest.raises(mfx.CaptureError, match=r"argument 'bags' holds a .*Bag"):
         mm({"one": [Bag(X)]})
 
 
@@ -115,7 +115,7 @@ def test_plain_values_functions_and_settings_are_part_of_the_form():
 def test_a_function_with_a_closure_may_be_another_the_next_time_and_is_refused():
     scale = [1.0]
     mm = mfx.momentumize(net(lambda self, x, f: x + self.f(f(x))), 0.0, capture="fx")
-    with pytest.raises(mfx.CaptureError, match="argument 'f' holds a builtins.function"):
+    with pytest.raises(mfx.CaptureError, match=r"argument 'f' holds a builtins.function"):
         mm(X, lambda x: x * scale[0])
 
 

@@ -1,6 +1,6 @@
-"""Blocks whose Python does more than call operations: Functions of their own, modes switched for a part; and a recurrence.
+"""Blocks whose Python does more than call operations: Functions of their own, modes switched for a part of a branch.
 
-Every block is a branch around a fixed wrapping, so that a hand-written recurrence can run the branches itself.
+A block is its branch and an add, so that a hand-written recurrence can run the branches itself.
 """
 
 from __future__ import annotations
