@@ -32,7 +32,7 @@ from torch import fx, nn
 
 from mfx.capture.call import Call, Run
 from mfx.capture.frozen import generators_kept
-from mfx.capture.lifted import mark, note_shape
+from mfx.capture.lifted import mark, note_modes, note_shape
 from mfx.capture.named import recording
 from mfx.capture.tracer import Constant
 from mfx.errors import CaptureError
@@ -167,6 +167,7 @@ def _mark(gm: fx.GraphModule, output: Any, root: nn.Module, frame: Any) -> dict[
         elif not isinstance(node.meta.get("example_value"), torch.Tensor):
             lifted[node] = "number"
     mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
+    note_modes(gm.graph)
     for node in gm.graph.nodes:
         note_shape(node)
     return kinds

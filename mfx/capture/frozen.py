@@ -38,7 +38,7 @@ from mfx.torch_versions import GLOBAL_HOOKS, pytree, without_modes
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-"""Attributes of these types are compared by value."""
+"""Attributes of these types are compared by value; tensors that are no buffers by identity."""
 _MISSING = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLANNED_BY = ("p", "dropout", "inplace")
@@ -62,7 +62,8 @@ class Guards:
         seen: list[tuple[nn.Module | None, str, str, Any]] = []
         for path, module in tracer.entered.items():
             owner = module if path else None
-            simple = [(key, value) for key, value in module.__dict__.items() if isinstance(value, _SIMPLE)]
+            kinds = (*_SIMPLE, torch.Tensor)
+            simple = [(key, value) for key, value in module.__dict__.items() if isinstance(value, kinds)]
             seen += [(owner, "", key, value) for key, value in simple]
             children = [(key, child) for key, child in module._modules.items() if key != ADDED]
             seen += [(owner, "_modules", key, child) for key, child in children]
@@ -78,7 +79,7 @@ class Guards:
             owner = root if module is None else module
             entries = owner.__dict__ if table == "" else owner.__dict__[table]
             now = entries.get(key, _MISSING)
-            if now is not value and (type(now) is not type(value) or now != value):
+            if now is not value and not _same(now, value):
                 return False
         return all(_parameter_names(module) == names for module, names in self.parameters)
 

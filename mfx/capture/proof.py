@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,11 +51,7 @@ _PASSED_BY = (
 )
 
 
-class _Now(threading.local):
-    at_work = False
-
-
-_now = _Now()
+_now = threading.local()
 
 
 def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCapture, call: Call) -> bool:
@@ -66,7 +63,8 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
         CaptureError: the graph does not run what ``forward`` runs; says where.
     """
     lazy = any(is_lazy(tensor) for tensor in (*root.parameters(), *root.buffers()))
-    if _now.at_work or lazy or is_recording() or torch.jit.is_tracing() or functions_are_transformed():
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if getattr(_now, "at_work", False) or lazy or traced or is_recording() or functions_are_transformed():
         return False
     inputs = captured.inputs(root, call)
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
@@ -253,12 +251,9 @@ def _line() -> Any:
 def _compare(root: nn.Module, own: _Log, graph: _Log) -> None:
     """Raise at the first difference."""
     (rows, returned), (others, given) = own.live(), graph.live()
-    for mine, theirs in zip(rows, others, strict=False):
-        if not _same_row(mine, theirs):
+    for mine, theirs in zip_longest(rows, others):
+        if mine is None or theirs is None or not _same_row(mine, theirs):
             raise _refusal(root, f"the model runs {_shown(mine)}\n    the graph runs {_shown(theirs)}")
-    if len(rows) != len(others):
-        mine, theirs = (rows[len(others) :] or [None])[0], (others[len(rows) :] or [None])[0]
-        raise _refusal(root, f"the model runs {_shown(mine)}\n    the graph runs {_shown(theirs)}")
     for number, (mine, theirs) in enumerate(zip(returned, given, strict=True)):
         if not _same(mine, theirs):
             raise _refusal(root, f"output {number} of the model is not the graph's")

@@ -18,8 +18,8 @@ SCOPE = "mfx_scope"
 """On every node: the :class:`Scope` in which it ran."""
 
 MODES = "mfx_modes"
-"""On every node of a graph that switches no modes itself: the :class:`Modes` that it runs under; on the output, those
-in which the graph is entered and left."""
+"""On every node: the :class:`Modes` that it runs under; on the output, those in which the graph is entered and left.
+Nodes that switch modes stand for nothing then.  Where a compiler's graph switches other modes, no node has the note."""
 
 RETURNED = "mfx_returned"
 """Where a module call ended in the value: the set of scopes whose forward returned it."""

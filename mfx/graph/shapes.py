@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from mfx.errors import InputTypeError
 from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, switched
+from mfx.graph.operations import is_ambient
 from mfx.memory import KeptBytes
 from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
@@ -118,6 +119,8 @@ class Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
         modes = n.meta.get(MODES)
+        if self.base is not None and is_ambient(n):
+            return None
         if self.base is not None and modes is not None and modes != self.now and n.op not in _ANYWHERE:
             self.switch.close()
             if modes != self.base:

@@ -60,7 +60,7 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
         if isinstance(item, Chain):
             switches.to(item.modes)
             _emit(graph, binding, first, item, specs[item.index], env, learned=callable(plan.options.velocity))
-        else:
+        elif not (switches.noted and operations.is_ambient(item)):
             switches.before(item)
             env[item] = graph.node_copy(item, _lookup(item, env, states))
     graph.lint()

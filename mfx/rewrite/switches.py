@@ -64,6 +64,11 @@ class Switches:
         self.base = base
         self.now = base
 
+    @property
+    def noted(self) -> bool:
+        """Whether nodes carry their modes, and what switches them in the original is to be left out."""
+        return self.base is not None
+
     def to(self, modes: Modes | None) -> None:
         """What is added next is to run under ``modes``."""
         if self.base is None or modes is None or modes == self.now:

@@ -119,6 +119,15 @@ def test_a_function_with_a_closure_may_be_another_the_next_time_and_is_refused()
         mm(X, lambda x: x * scale[0])
 
 
+def test_a_tensor_kept_as_a_plain_attribute_may_be_replaced():
+    model = net(lambda self, x: x + self.f(x) * self.__dict__["scale"])
+    model.__dict__["scale"] = torch.full((4,), 2.0, dtype=torch.float64)
+    mm = mfx.momentumize(model, 0.0, capture="fx")
+    assert torch.equal(mm(X), model(X))
+    mm.__dict__["scale"] = model.__dict__["scale"] = torch.full((4,), 5.0, dtype=torch.float64)
+    assert torch.equal(mm(X), model(X))
+
+
 def test_a_forward_that_leaves_gradients_off_is_refused_and_they_are_on_again():
     def forward(self, x):
         torch.set_grad_enabled(False)

@@ -7,13 +7,14 @@ import copy
 import islands
 import pytest
 import torch
-from helpers import assert_same, run
+from helpers import assert_same, relative_error, run
 from nets import Net, rows
 from torch import nn
 
 import mfx
 
 NAMES = ["blocks.0", "blocks.1", "blocks.2"]
+CAPTURES = pytest.mark.parametrize("capture", ["fx", "dynamo"])
 LOWER = pytest.mark.parametrize("lower", [False, True], ids=["plain", "autocast"])
 
 
@@ -29,21 +30,23 @@ class Under(nn.Module):
             return self.model(x)
 
 
+@CAPTURES
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 @pytest.mark.parametrize("branch", [islands.gate_without_gradient, islands.gate_by_decorator])
-def test_what_a_branch_computes_without_gradient_gets_none(branch, gamma):
+def test_what_a_branch_computes_without_gradient_gets_none(branch, gamma, capture):
     model, x = islands.of_branches(branch), rows()
-    mm = mfx.momentumize(model, gamma, capture="fx")
-    assert mfx.report(model, capture="fx").rewritable == NAMES
+    mm = mfx.momentumize(model, gamma, capture=capture, example_inputs=x)
+    assert mfx.report(model, x, capture=capture).rewritable == NAMES
     assert_same(run(mm, x), run(islands.ByHand(copy.deepcopy(model), gamma), x))
 
 
 @LOWER
+@CAPTURES
 @pytest.mark.parametrize("branch", [islands.float32_inside, islands.bfloat16_inside])
-def test_an_autocast_island_in_a_branch_is_one_in_both_runs_of_it(branch, lower):
+def test_an_autocast_island_in_a_branch_is_one_in_both_runs_of_it(branch, capture, lower):
     model, x = islands.of_branches(branch).float(), rows().detach().float().requires_grad_()
-    assert mfx.report(model, capture="fx").rewritable == NAMES
-    mm = mfx.momentumize(model, 0.0, capture="fx")
+    assert mfx.report(model, x, capture=capture).rewritable == NAMES
+    mm = mfx.momentumize(model, 0.0, capture=capture, example_inputs=x)
     assert_same(run(Under(mm, lower), x), run(Under(model, lower), x), 1e-6)
 
 
@@ -77,9 +80,10 @@ class Frozen(Net):
         return self.head(x)
 
 
+@CAPTURES
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 @pytest.mark.parametrize("learns", [(False, True), (True, False), (False, False)])
-def test_regions_without_gradient_outside_of_branches_stay_so(learns, gamma):
+def test_regions_without_gradient_outside_of_branches_stay_so(learns, gamma, capture):
     class Of(Frozen):
         pass
 
@@ -93,12 +97,12 @@ def test_regions_without_gradient_outside_of_branches_stay_so(learns, gamma):
 
     Of.learns = learns
     torch.manual_seed(5)
-    model = Of(block=type("Own", (islands.Residual,), {"branch": islands.parted}))
+    model = Of(block=type("Own", (islands.Residual,), {"branch": islands.gate_without_gradient}))
     by_hand = copy.deepcopy(model)
     by_hand.__class__ = Hand
-    mm = mfx.momentumize(model, gamma, capture="fx")
-    assert mfx.report(model, capture="fx").rewritable == NAMES
     x = rows()
+    mm = mfx.momentumize(model, gamma, capture=capture, example_inputs=x)
+    assert mfx.report(model, x, capture=capture).rewritable == NAMES
     assert_same(run(mm, x), run(by_hand, x))
 
 
@@ -204,3 +208,25 @@ def test_a_rewritten_graph_enters_and_leaves_modes_in_pairs():
     graph = mfx.graph_of(mfx.momentumize(Frozen(), 0.9, capture="fx"))
     switches = [node.target.__name__ for node in graph.nodes if "switches" in getattr(node.target, "__module__", "")]
     assert switches == ["enter", "leave"]
+
+
+@pytest.mark.parametrize("way", ["backend", "inside", "inside a region"])
+@pytest.mark.parametrize("branch", [islands.gate_without_gradient, islands.float32_inside])
+def test_regions_are_kept_by_a_compiler(branch, way):
+    torch._dynamo.reset()
+    model, x = islands.of_branches(branch).float().eval(), rows().detach().float()
+    by_hand = islands.ByHand(copy.deepcopy(model), 0.9)
+    if way == "backend":
+        mm = torch.compile(model, backend=mfx.backend(0.9, inner="aot_eager"), fullgraph=True)
+    elif way == "inside":
+        mm = torch.compile(mfx.momentumize(model, 0.9), backend="aot_eager", fullgraph=True)
+    else:
+        mm = torch.compile(Under(mfx.momentumize(model, 0.9), True), backend="aot_eager", fullgraph=True)
+        by_hand = Under(by_hand, True)
+    own = list(model.parameters())
+    tolerance = 3e-2 if way == "inside a region" else 1e-5
+    loss, expected = mm(x).float().square().sum(), by_hand(x).float().square().sum()
+    grads = torch.autograd.grad(loss, own, allow_unused=True)
+    theirs = torch.autograd.grad(expected, list(by_hand.parameters()), allow_unused=True)
+    assert [grad is None for grad in grads] == [grad is None for grad in theirs]
+    assert relative_error([loss, *grads], [expected, *theirs]) < tolerance
