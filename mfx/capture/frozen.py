@@ -78,7 +78,7 @@ class Guards:
         for module, table, key, value in self.seen:
             owner = root if module is None else module
             entries = owner.__dict__ if table == "" else owner.__dict__[table]
-            now = entries.get(key, _MISSING)
+            now = entries[key] if key in entries else _MISSING  # noqa: SIM401  # scripted modules have no get
             if now is not value and not _same(now, value):
                 return False
         return all(_parameter_names(module) == names for module, names in self.parameters)
@@ -165,7 +165,7 @@ def generators_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def apart(root: nn.Module) -> Iterator[None]:
     """Run the model once more, unseen: attributes and generators stay, no hooks run, and no mode sees what runs."""
-    before = {module: dict(module.__dict__) for module in root.modules()}
+    before = remembered(root)
     everywhere = [dict(hooks) for hooks in GLOBAL_HOOKS]
     cache = torch.is_autocast_cache_enabled()
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing)
@@ -214,30 +214,60 @@ def refuse_written_constants(graph: fx.Graph, root: nn.Module) -> None:
                 )
 
 
-def refuse_assignments(before: dict[nn.Module, dict[str, Any]], tracer: Tracer) -> None:
+Before = dict[nn.Module, tuple[dict[str, Any], dict[str, dict[str, Any]]]]
+"""The attributes of modules, and the entries of their tables."""
+
+
+def remembered(root: nn.Module) -> Before:
+    """What the modules of ``root`` have now."""
+    found: Before = {}
+    for module in root.modules():
+        tables = {name: module.__dict__.get(name) for name in ("_parameters", "_buffers", "_modules")}
+        entries = {name: dict(table) for name, table in tables.items() if isinstance(table, dict)}
+        found[module] = dict(module.__dict__), entries
+    return found
+
+
+def refuse_assignments(before: Before, tracer: Tracer) -> None:
     """An attribute that a forward sets would be set by no graph."""
     for path, module in tracer.entered.items():
-        was = before[module]
-        for key, value in module.__dict__.items():
-            if was.get(key, _MISSING) is not value and not (key in was and _same(was[key], value)):
-                raise CaptureError(
-                    f"{type(module).__name__}.forward of module {path or '(root)'!r} sets self.{key}, which a "
-                    "captured graph would not repeat: return the value instead, or take the module whole "
-                    "with modules="
-                )
+        attributes, tables = before[module]
+        pairs = [(attributes, module.__dict__), *((was, module.__dict__[name]) for name, was in tables.items())]
+        for was, now in pairs:
+            for key, value in now.items():
+                if was.get(key, _MISSING) is not value and not (key in was and _same(was[key], value)):
+                    if _written_in_place(value, f"{path}.{key}" if path else key, tracer.root):
+                        continue
+                    raise CaptureError(
+                        f"{type(module).__name__}.forward of module {path or '(root)'!r} sets self.{key}, which a "
+                        "captured graph would not repeat: return the value instead, write to a buffer in place, or "
+                        "take the module whole with modules="
+                    )
+
+
+def _written_in_place(value: Any, path: str, root: nn.Module) -> bool:
+    """Whether the value is the tensor of this path itself, after a write to it (``self.count += 1``)."""
+    node = value.node if isinstance(value, fx.Proxy) else None
+    while node is not None and node.op != "get_attr":
+        node = next(iter(writes(node, root)), None)
+    return node is not None and node.target == path
 
 
 def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and isinstance(one, _SIMPLE) and one == other
 
 
-def restore(before: dict[nn.Module, dict[str, Any]]) -> None:
+def restore(before: Before) -> None:
     """Put the attributes of all modules back to what they were before the trace."""
-    for module, attributes in before.items():
+    for module, (attributes, tables) in before.items():
         now = module.__dict__
         if len(now) != len(attributes) or any(now.get(key) is not attributes[key] for key in attributes):
             now.clear()
             now.update(attributes)
+        for name, entries in tables.items():
+            if any(now[name].get(key) is not value for key, value in entries.items()) or len(now[name]) != len(entries):
+                now[name].clear()
+                now[name].update(entries)
 
 
 def explain(error: Exception, tracer: Tracer, model: nn.Module) -> CaptureError:

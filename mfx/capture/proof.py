@@ -62,7 +62,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
     Raises:
         CaptureError: the graph does not run what ``forward`` runs; says where.
     """
-    lazy = any(is_lazy(tensor) for tensor in (*root.parameters(), *root.buffers()))
+    lazy = any(map(is_lazy, (*root.parameters(), *root.buffers())))
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if getattr(_now, "at_work", False) or lazy or traced or is_recording() or functions_are_transformed():
         return False
@@ -107,7 +107,7 @@ class _Proof:
 
     def logs(self, place: Fake) -> tuple[_Log, _Log]:
         """The logs of the model's own forward and of the graph, run in ``place``."""
-        if any(STATE in module.__dict__ for module in self.root.modules() if module is not self.root):
+        if sum(STATE in module.__dict__ for module in self.root.modules()) > (STATE in self.root.__dict__):
             with place():  # parts with graphs of their own capture them now, and not between two logs
                 self.own(place.tensors)
         own = self._log(place, lambda log: self.own(place.tensors))
@@ -126,7 +126,7 @@ class _Proof:
         return flat
 
     def graph(self, place: Fake, log: _Log) -> list[Any]:
-        """The flat outputs of the graph."""
+        """Those of the graph."""
         interpreter = Interpreter(self.captured.graph, self.root)
         log.at = lambda: str(interpreter.at)
         return list(interpreter.run(*place.tensors))
@@ -175,8 +175,7 @@ class _Log(TorchDispatchMode):
         super().__init__()
         self.sources: dict[int, _Of] = {}
         self.alive: list[Any] = []
-        owned = (*self.root.named_parameters(remove_duplicate=False), *self.root.named_buffers(remove_duplicate=False))
-        for path, tensor in owned:
+        for path, tensor in (*self.root.named_parameters(), *self.root.named_buffers()):
             self.sources.setdefault(id(tensor), _Of("own", path))
         for number, tensor in enumerate(self.inputs):
             if isinstance(tensor, torch.Tensor):
@@ -191,14 +190,18 @@ class _Log(TorchDispatchMode):
             self.sources[id(value)] = _Of("outside", id(value))
         return self.sources.get(id(value), value)
 
-    def applied(self, function: type, grad: bool, args: tuple[Any, ...]) -> Any:
-        """Note that a custom Function is called, for more than constants."""
+    def applied(self, function: type, grad: bool, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        """Note that a custom Function is called for more than constants; what else its values are, they are its own."""
         if not any(isinstance(self.operand(value), _Of) for value in pytree.tree_leaves(args)):
-            return NotImplemented
-        self.rows.append(
-            _Row(f"{function.__module__}.{function.__qualname__}", [], [], Modes.current(), self.at(), True)
-        )
-        return NotImplemented
+            return run()
+        number = len(self.rows)
+        self.rows.append(_Row(str(function), [], [], Modes.current(), self.at(), True))
+        out = run()
+        for place, value in enumerate(pytree.tree_leaves(out)):
+            if isinstance(value, torch.Tensor) and id(value) not in self.sources:
+                self.sources[id(value)] = _Of(number, place)
+                self.alive.append(value)
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -34,6 +34,7 @@ from mfx.capture.frozen import (
     refuse_frozen_draws,
     refuse_objects,
     refuse_written_constants,
+    remembered,
     restore,
 )
 from mfx.capture.tracer import Constant, Tracer
@@ -147,7 +148,7 @@ def capture_general(
 
 def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """Run the tracer, and refuse what it would have frozen or lost."""
-    before = {module: dict(module.__dict__) for module in model.modules()}
+    before = remembered(model)
     try:
         with torch.random.fork_rng(devices=[]):
             draws = generator_states()

@@ -98,11 +98,11 @@ class Tracer(fx.Tracer):
         with _symbolic_factories(self), functions_kept(self._apply), tensors_to_isinstance(root):
             return super().trace(root, concrete_args)
 
-    def _apply(self, function: type[Any], grad: bool, args: tuple[Any, ...]) -> Any:
+    def _apply(self, function: type[Any], grad: bool, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         """A call of a custom autograd Function; one without symbolic values runs as it is."""
         target, given = applied(function, args)
         if not any(isinstance(value, fx.Proxy) for value in given):
-            return NotImplemented
+            return run()
         with torch.set_grad_enabled(grad):
             return self.create_proxy("call_function", target, tuple(given), {})
 

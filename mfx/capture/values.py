@@ -30,8 +30,9 @@ from mfx.graph import operations
 from mfx.graph.notes import NUMBER, STATE
 from mfx.torch_versions import pytree
 
-Handler = Callable[[type[Function], bool, tuple[Any, ...]], Any]
-"""``handler(function, grad, args)``: the value of ``function.apply(*args)``, called under the grad mode ``grad``."""
+Handler = Callable[[type[Function], bool, tuple[Any, ...], Callable[[], Any]], Any]
+"""``handler(function, grad, args, run)``: the value of ``function.apply(*args)``, called under the grad mode ``grad``;
+``run()`` gives what it would have been."""
 
 
 class Applied:
@@ -60,7 +61,7 @@ def applied(function: type[Function], args: tuple[Any, ...]) -> tuple[Applied, l
 
 @contextlib.contextmanager
 def functions_kept(handler: Handler) -> Iterator[None]:
-    """Have ``handler`` give the values of custom Functions; where it gives NotImplemented, they run as ever.
+    """Have ``handler`` give the values of custom Functions.
 
     ``torch.utils.checkpoint`` is no function of its own: what it holds runs as if it were not there.
     """
@@ -96,8 +97,7 @@ def _forward(cls: type[Function], forward: Callable[..., Any], grad: bool, handl
         if cls is CheckpointFunction:
             with torch.set_grad_enabled(grad):
                 return given[0](*given[2:])
-        value = handler(cls, grad, given)
-        return forward(*args) if value is NotImplemented else value
+        return handler(cls, grad, given, lambda: forward(*args))
 
     return run
 

@@ -128,6 +128,31 @@ def test_a_tensor_kept_as_a_plain_attribute_may_be_replaced():
     assert torch.equal(mm(X), model(X))
 
 
+def test_a_buffer_that_a_forward_adds_to_stays_the_models_own():
+    def forward(self, x):
+        self.seen += x.detach().abs().sum()
+        return x + self.f(x)
+
+    model = net(forward, seen=torch.zeros(()))
+    own = model.seen
+    mm = mfx.momentumize(model, 0.0, capture="fx")
+    assert model.seen is own
+    assert mm.seen is own
+    assert_same(run(mm, X), run(model, X))
+
+
+def test_a_buffer_that_a_forward_replaces_is_refused_and_stays():
+    def forward(self, x):
+        self.seen = self.seen + x.detach().abs().sum()
+        return x + self.f(x)
+
+    model = net(forward, seen=torch.zeros(()))
+    own = model.seen
+    with pytest.raises(mfx.CaptureError, match=r"sets self\.seen"):
+        mfx.momentumize(model, 0.0, capture="fx")
+    assert model.seen is own
+
+
 def test_a_forward_that_leaves_gradients_off_is_refused_and_they_are_on_again():
     def forward(self, x):
         torch.set_grad_enabled(False)
