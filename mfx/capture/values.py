@@ -134,9 +134,7 @@ def _concerns(kinds: Any, original: Callable[[Any, Any], bool]) -> bool:
     """Whether a tensor is of one of ``kinds``."""
     several = kinds if original(kinds, tuple) else getattr(kinds, "__args__", (kinds,))
     return any(
-        _concerns(kind, original)
-        if original(kind, tuple)
-        else (original(kind, type) and issubclass(kind, torch.Tensor)) or kind in (torch.Tensor,)
+        _concerns(kind, original) if original(kind, tuple) else original(kind, type) and issubclass(kind, torch.Tensor)
         for kind in several
     )
 
