@@ -159,7 +159,10 @@ class Kept(Net):
         self.others = [nn.Parameter(torch.ones(6, dtype=torch.float64))]
 
     def forward(self, x):
-        return self.head(self.blocks(self.stem(x)) * torch.tanh(self.others[0]))
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x * torch.tanh(self.others[0]))
 
 
 def test_what_tracing_loses_is_refused_before_the_first_output_and_left_to_dynamo():

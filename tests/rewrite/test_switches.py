@@ -76,7 +76,8 @@ class Frozen(Net):
         with torch.set_grad_enabled(self.learns[0]):
             x = self.stem(x)
         with torch.set_grad_enabled(self.learns[1]):
-            x = self.blocks(x)
+            for block in self.blocks:
+                x = block(x)
         return self.head(x)
 
 
