@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import mfx
 from mfx import kept_bytes
 from mfx.memory import step_bytes
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 
 GAMMAS = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01, 0.0)
 LIMIT = 1e-3

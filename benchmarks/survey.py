@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 from mfx.pipeline import Passed
 from mfx.plan import plan
 from mfx.rewrite import ByRoot, rewrite

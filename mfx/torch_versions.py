@@ -24,17 +24,27 @@ try:
         FakeTensorMode,
     )
     from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch.nn.modules import module as _module
     from torch.nn.modules.batchnorm import _NormBase as NormBase
     from torch.nn.modules.dropout import _DropoutNd as DropoutNd
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError as error:
+    from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+    GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+        _module._global_forward_hooks,
+        _module._global_forward_pre_hooks,
+        _module._global_backward_hooks,
+        _module._global_backward_pre_hooks,
+    )
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"mfx runs on torch 2.11 to 2.15, and torch {torch.__version__} has moved a name that it needs: {error}. "
         "Install a torch of these versions, or a newer mfx"
     ) from error
 
 __all__ = [
+    "GLOBAL_HOOKS",
     "DataDependentOutputException",
     "DropoutNd",
     "DynamicOutputShapeException",
@@ -56,6 +66,7 @@ __all__ = [
     "safe_softmax",
     "source_name",
     "source_of",
+    "without_modes",
 ]
 
 DYNAMO = {

@@ -110,6 +110,7 @@ def test_only_rewriting_and_capturing_build_graphs():
         "rewrite/binding.py",
         "rewrite/rewriter.py",
         "rewrite/specs.py",
+        "rewrite/switches.py",
     }
 
 

@@ -34,6 +34,7 @@ NAMES = {
     "torch.nn.modules.transformer._detect_is_causal_mask",
     "torch.utils._pytree",
     "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
 }
 """All private names of torch in the package; for those of Dynamo that are looked up late see ``DYNAMO``."""
 ELSEWHERE = {

@@ -1,4 +1,4 @@
-"""Call: what a model is called with, and the form of that.
+"""Call: what a model is called with, the form of that, and what a capture of it gives (:class:`Captured`).
 
 A call's ``(args, kwargs)`` are a tree (torch/utils/_pytree.py) with leaves.  Tensors are inputs of a captured graph;
 every other leaf is part of the call's :class:`Form`, and holds as it is, but for numbers that have been seen to vary:
@@ -8,19 +8,19 @@ these become inputs as well.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mfx.errors import CaptureError, InputTypeError
 from mfx.torch_versions import pytree
 
 
-class _Input:
+class Input:
     """Stands, in a form, for a leaf that a graph takes as an input."""
 
     def __init__(self, kind: type) -> None:
@@ -30,8 +30,8 @@ class _Input:
         return self.kind.__name__.lower()
 
 
-TENSOR = _Input(torch.Tensor)
-_NUMBERS = {int: _Input(int), float: _Input(float)}
+TENSOR = Input(torch.Tensor)
+_NUMBERS = {int: Input(int), float: Input(float)}
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Form:
     def inputs(self, call: Call) -> list[Any]:
         """The leaves of a call that a graph of this form takes, in order."""
         pairs = zip(self.leaves, call.leaves, strict=True)
-        return [leaf for mine, leaf in pairs if isinstance(mine, _Input)]
+        return [leaf for mine, leaf in pairs if isinstance(mine, Input)]
 
     def fill(self, inputs: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The ``(args, kwargs)`` with ``inputs`` put in."""
         remaining = iter(inputs)
-        flat = [next(remaining) if isinstance(leaf, _Input) else leaf for leaf in self.leaves]
+        flat = [next(remaining) if isinstance(leaf, Input) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(flat, self.spec)
 
     def kinds(self) -> list[type]:
         """The types of the inputs, in order."""
-        return [leaf.kind for leaf in self.leaves if isinstance(leaf, _Input)]
+        return [leaf.kind for leaf in self.leaves if isinstance(leaf, Input)]
 
     def varied(self, call: Call) -> tuple[int, ...]:
         """The places at which ``call`` has another number, where that is all the difference; none elsewhere."""
@@ -73,7 +73,7 @@ class Form:
 
     def numbers(self) -> tuple[int, ...]:
         """The places of the numbers that are inputs."""
-        return tuple(place for place, leaf in enumerate(self.leaves) if isinstance(leaf, _Input) and leaf is not TENSOR)
+        return tuple(place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Input) and leaf is not TENSOR)
 
     def with_inputs(self, places: Iterable[int]) -> Form:
         """The form with the numbers at ``places`` as inputs."""
@@ -112,6 +112,43 @@ class Call:
     def form(self) -> Form:
         """The form in which only tensors are inputs."""
         return Form(tuple(TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves), self.spec)
+
+
+Run = Callable[..., Any]
+
+
+class Captured(Protocol):
+    """A model's computation for some of its calls.
+
+    ``graph`` is relative to the root module (parameters, buffers and modules by path) and carries the notes of
+    :mod:`mfx.graph.notes`; ``sizes`` are the bytes that its nodes keep for backward, as far as they were measured;
+    ``hooked`` the paths of modules whose hooks the graph does not run; ``calls`` how often the forward of each module
+    that became part of the graph ran, by path.
+    """
+
+    @property
+    def graph(self) -> fx.Graph: ...
+
+    @property
+    def sizes(self) -> Mapping[fx.Node, int]: ...
+
+    @property
+    def calls(self) -> Mapping[str, int]: ...
+
+    @property
+    def hooked(self) -> tuple[str, ...]: ...
+
+    def holds(self, root: nn.Module, call: Call) -> bool:
+        """Whether this is a capture of ``call``, in the modes and settings of now."""
+        ...
+
+    def inputs(self, root: nn.Module, call: Call) -> list[Any]:
+        """The values that the graph takes in ``call``."""
+        ...
+
+    def call(self, root: nn.Module, call: Call, run: Run) -> Any:
+        """The model's output in ``call``, where ``run(root, *inputs)`` computes the graph."""
+        ...
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -157,7 +194,7 @@ def default_form(forward: Any) -> Form:
 
 def _same(mine: Any, theirs: Any) -> bool:
     """Whether a call's leaf is what a form has; objects that cannot be compared by value are by identity."""
-    if isinstance(mine, _Input):
+    if isinstance(mine, Input):
         return isinstance(theirs, torch.Tensor) if mine is TENSOR else type(theirs) is mine.kind
     if isinstance(theirs, torch.Tensor) or type(mine) is not type(theirs):
         return False

@@ -21,8 +21,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
-import random
-import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,9 +30,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mfx.capture.call import Call
-from mfx.capture.captured import Run
-from mfx.capture.lifted import mark, note_shape
+from mfx.capture.call import Call, Run
+from mfx.capture.frozen import generators_kept
+from mfx.capture.lifted import mark, note_modes, note_shape
 from mfx.capture.named import recording
 from mfx.capture.tracer import Constant
 from mfx.errors import CaptureError
@@ -48,7 +46,7 @@ _LOGGING = "debug info warning warn error log critical exception warning_once in
 
 @dataclass(frozen=True, eq=False)
 class DynamoCapture:
-    """A model's computation for the calls that its guards let through; a :class:`mfx.capture.captured.Captured`.
+    """A model's computation for the calls that its guards let through; a :class:`mfx.capture.call.Captured`.
 
     ``graph`` takes the values named by ``taken`` among those that the bytecode gives, and returns what the bytecode
     expects.
@@ -117,7 +115,7 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
     # The patch has to lie inside the metrics context, which torch 2.11 would else try to write it to.
     with (
         _slow_path(),
-        _generators_kept(),
+        generators_kept(),
         torch_dynamo.get_metrics_context(),
         torch_dynamo.dynamo_timed("mfx"),
         _settings(),
@@ -175,6 +173,7 @@ def _mark(
         elif not isinstance(node.meta.get("example_value"), torch.Tensor):
             lifted[node] = "number"
     calls = mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
+    note_modes(gm.graph)
     for node in gm.graph.nodes:
         note_shape(node)
     return kinds, calls
@@ -228,20 +227,6 @@ def _slow_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the random generators as they are."""
-    numpy = sys.modules.get("numpy")
-    python, of_numpy = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
 
 
 def _settings() -> Any:

@@ -2,7 +2,9 @@
 
 1. :func:`mark` tells which placeholders are parameters and buffers, and in which module's forward each node ran,
    so that a lifted graph carries the notes of one of :mod:`mfx.capture.tracer`.
-2. :func:`prepare` does so for a graph as Dynamo hands it to a backend, where paths are relative to the model.
+2. :func:`note_modes` tells which modes each node runs under; the nodes that switch them are left out of what is made of
+   the graph, which switches where it has to (:mod:`mfx.rewrite.switches`).
+3. :func:`prepare` does so for a graph as Dynamo hands it to a backend, where paths are relative to the model.
 
 Source: ``nn_module_stack`` as written by torch/_dynamo/output_graph.py, alike in torch 2.11 and 2.15.
 Known limits: modules that neither the compiled function's arguments nor its globals hold directly are named by
@@ -13,12 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mfx.graph.notes import DTYPE, DTYPE_KEPT, FRAMES, LIFTED, RETURNED, SCOPE, SHAPE, Scope
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, FRAMES, LIFTED, MODES, RETURNED, SCOPE, SHAPE, Modes, Scope
+from mfx.graph.operations import is_ambient, name_of
 from mfx.torch_versions import dynamo, is_lifted_number, source_name, source_of
 
 _FRAME = re.compile(r'File "([^"]+)", line \d+, in (\w+)')
@@ -33,6 +37,7 @@ def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         if kind:
             kinds[node] = kind
     mark(gm.graph, kinds, module_paths(gm.graph))
+    note_modes(gm.graph)
     for node in gm.graph.nodes:
         note_shape(node)
 
@@ -130,6 +135,38 @@ def mark(graph: fx.Graph, kinds: Mapping[fx.Node, str], modules: Mapping[int, st
         left = {scope for scope in stacks[node] for user in node.users if scope not in stacks[user]}
         node.meta[RETURNED] = left
     return {path: len(chains) for path, chains in calls.items()}
+
+
+def note_modes(graph: fx.Graph) -> None:
+    """Note what each node runs under, if the graph switches grad mode and autocast only, and leaves them as before."""
+    now = entry = Modes.current()
+    noted: dict[fx.Node, Modes] = {}
+    entered: dict[object, Modes] = {}
+    for node in graph.nodes:
+        noted[node] = now
+        if is_ambient(node):
+            after = _after(node, now, entered)
+            if after is None:
+                return
+            now = after
+    if now == entry:
+        for node, modes in noted.items():
+            node.meta[MODES] = modes
+
+
+def _after(node: fx.Node, now: Modes, entered: dict[object, Modes]) -> Modes | None:
+    """The modes after a switch; None for one of another kind."""
+    name = name_of(node)
+    if name == "_set_grad_enabled":
+        return replace(now, grad=bool(node.args[0]))
+    if name == "_exit_autocast":
+        return replace(now, autocast=entered[node.args[0]].autocast)
+    if name == "_enter_autocast":
+        entered[node] = now
+        kind, dtype, enabled = node.args[:3]
+        other: Any = (kind, enabled, (dtype or torch.get_autocast_dtype(str(kind))) if enabled else None)
+        return replace(now, autocast=tuple(other if state[0] == kind else state for state in now.autocast))
+    return None
 
 
 def _scopes(

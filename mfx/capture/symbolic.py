@@ -5,7 +5,8 @@
    and modules are named, not held.
 3. What the tracing read in passing becomes :class:`mfx.capture.frozen.Guards`.
 4. Dead values are left out; whatever draws, writes or checks stays.
-5. A number that another call has another value of becomes an input of a *general* capture.  It is used only if it is,
+5. Arguments that are neither tensors nor plain values are refused: what an object holds would be frozen in.
+6. A number that another call has another value of becomes an input of a *general* capture.  It is used only if it is,
    operation by operation, what a capture for the new value alone is; where Python decides by the number, it is not.
 
 Known limits: see :mod:`mfx.capture.tracer` and :mod:`mfx.capture.frozen`.
@@ -21,21 +22,25 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
-from mfx.capture.call import Call, Form, call_form
-from mfx.capture.captured import Captured, Run
+from mfx.capture.call import Call, Captured, Form, Run, call_form
 from mfx.capture.frozen import (
     Guards,
     explain,
     generator_states,
+    modes_kept,
     refuse_assignments,
     refuse_frozen_draws,
+    refuse_objects,
     refuse_written_constants,
+    remembered,
     restore,
 )
-from mfx.capture.same import same_computation
-from mfx.capture.tracer import Tracer
+from mfx.capture.tracer import Constant, Tracer
+from mfx.capture.values import Applied
 from mfx.errors import CaptureError
+from mfx.graph.notes import MODES, Modes
 from mfx.graph.shapes import propagate_shapes
 from mfx.graph.splice import drop_dead
 from mfx.torch_versions import pytree
@@ -46,16 +51,16 @@ Named = Mapping[int, str]
 
 @dataclass(frozen=True, eq=False)
 class SymbolicCapture:
-    """A model's computation for calls of one form; a :class:`mfx.capture.captured.Captured`.
+    """A model's computation for calls of one form; a :class:`mfx.capture.call.Captured`.
 
     ``graph`` takes the call's inputs in order and returns the flat outputs; ``out_spec`` rebuilds the model's output
-    from them.  ``entered`` are the modules, by path, whose calls became part of the graph; ``forms`` those of the calls
-    of momentumized modules in it.
+    from them.  ``modes`` are those in which it is called, ``entered`` the modules, by path, whose calls became part of
+    the graph; ``forms`` those of the calls of momentumized modules in it.
     """
 
     graph: fx.Graph
     form: Form
-    grad: bool
+    modes: Modes
     guards: Guards
     out_spec: pytree.TreeSpec
     entered: tuple[tuple[str, nn.Module], ...]
@@ -69,8 +74,8 @@ class SymbolicCapture:
         return tuple(path for path, module in self.entered if _has_hooks(module))
 
     def holds(self, root: nn.Module, call: Call) -> bool:
-        """Whether the call is of this form, under the same grad mode, and what was frozen is as it was."""
-        return self.grad == torch.is_grad_enabled() and self.form.fits(call) and self.guards.hold(root)
+        """Whether the call is of this form, in the same grad mode and autocast, and what was frozen is as it was."""
+        return self.modes == Modes.current() and self.form.fits(call) and self.guards.hold(root)
 
     def inputs(self, root: nn.Module, call: Call) -> list[Any]:
         """The call's tensors, and its numbers that vary."""
@@ -103,6 +108,7 @@ def capture_symbolic(
         specs.append(spec)
         return flat
 
+    refuse_objects(forward, form)
     tracer = Tracer(entry, _argument_names(forward, form), form.kinds(), named)
     graph = _trace(tracer, model)
     drop_dead(graph, model)
@@ -110,7 +116,7 @@ def capture_symbolic(
     entered = tuple((path, module) for path, module in tracer.entered.items() if path)
     forms = {path: call_form(args, kwargs) for path, (args, kwargs) in tracer.momentumized.items()}
     guards = Guards.of(tracer)
-    return SymbolicCapture(graph, form, torch.is_grad_enabled(), guards, specs[0], entered, tracer.calls, forms)
+    return SymbolicCapture(graph, form, Modes.current(), guards, specs[0], entered, tracer.calls, forms)
 
 
 def with_sizes(captured: SymbolicCapture, model: nn.Module, call: Call) -> SymbolicCapture:
@@ -121,7 +127,7 @@ def with_sizes(captured: SymbolicCapture, model: nn.Module, call: Call) -> Symbo
 def varied(known: Iterable[Captured], model: nn.Module, call: Call) -> tuple[int, ...]:
     """The places of the numbers that are all by which ``call`` differs from one of the captures so far; none else."""
     for captured in known:
-        if isinstance(captured, SymbolicCapture) and captured.grad == torch.is_grad_enabled():
+        if isinstance(captured, SymbolicCapture) and captured.modes == Modes.current():
             places = captured.form.varied(call)
             if places and captured.guards.hold(model):
                 return (*captured.form.numbers(), *places)
@@ -149,11 +155,12 @@ def capture_general(
 
 def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """Run the tracer, and refuse what it would have frozen or lost."""
-    before = {module: dict(module.__dict__) for module in model.modules()}
+    before = remembered(model)
     try:
         with torch.random.fork_rng(devices=[]):
             draws = generator_states()
-            graph = tracer.trace(model)
+            with modes_kept(model):
+                graph = tracer.trace(model)
             refuse_frozen_draws(draws)
         refuse_written_constants(graph, model)
         refuse_assignments(before, tracer)
@@ -178,3 +185,64 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+_FAILED = object()
+
+
+def same_computation(general: fx.Graph, alone: fx.Graph, inputs: Sequence[Any]) -> bool:
+    """Whether ``general``, called with ``inputs``, runs the operations of ``alone``, one by one.
+
+    What ``general`` computes from numbers alone is computed here; all else must be the same operation on the same
+    values, in the same order.
+    """
+    remaining = iter(alone.nodes)
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in general.nodes:
+        if node.op == "placeholder":
+            value = next(given)
+            if not isinstance(value, torch.Tensor):
+                values[node] = value
+                continue
+        elif node.all_input_nodes and all(_is_plain(values.get(source, node)) for source in node.all_input_nodes):
+            values[node] = _computed(node, values)
+            if values[node] is not _FAILED:
+                continue
+        other = next(remaining, None)
+        if other is None or not _same_node(node, other, values):
+            return False
+        values[node] = other
+    return next(remaining, None) is None
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, fx.Node)
+
+
+def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of an operation on numbers."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") != "_operator":
+        return _FAILED
+    args = map_arg(node.args, values.__getitem__)
+    try:
+        return node.target(*args)  # type: ignore[operator,misc]
+    except (ArithmeticError, TypeError, ValueError):
+        return _FAILED
+
+
+def _same_node(node: fx.Node, other: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    if node.op != other.op or node.meta[MODES] != other.meta[MODES] or not _same_target(node.target, other.target):
+        return False
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.op == "placeholder" or repr((args, kwargs)) == repr((other.args, other.kwargs))
+
+
+def _same_target(one: Any, other: Any) -> bool:
+    if isinstance(one, Constant) and isinstance(other, Constant):
+        if not isinstance(one.value, torch.Tensor) or not isinstance(other.value, torch.Tensor):
+            return one.value is other.value
+        return one.value.dtype == other.value.dtype and torch.equal(one.value, other.value)
+    if isinstance(one, Applied) and isinstance(other, Applied):
+        return (one.function, one.spec, one.held) == (other.function, other.spec, other.held)
+    return one == other

@@ -9,7 +9,10 @@ Beyond :class:`torch.fx.Tracer`:
    a draw is never frozen into the graph;
 4. constants met on the way are held by the graph, not written into the model;
 5. ``x += y`` is recorded as a write to x;
-6. forward hooks of entered modules do not run (they would see symbolic values).
+6. forward hooks of entered modules do not run (they would see symbolic values);
+7. every node carries the grad mode and autocast state that it ran under (:class:`mfx.graph.notes.Modes`);
+8. custom autograd Functions are one node each, and values that are tensors are tensors to ``isinstance``
+   (:mod:`mfx.capture.values`).
 
 Known limits: control flow that depends on a tensor's value or shape cannot be followed.
 
@@ -32,10 +35,11 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from mfx.capture.values import applied, functions_kept, tensors_to_isinstance
 from mfx.errors import CaptureError
 from mfx.graph import operations
 from mfx.graph.draws import RANDOM
-from mfx.graph.notes import FRAMES, LIFTED, NUMBER, RETURNED, SCOPE, STATE, Scope, mark_call
+from mfx.graph.notes import FRAMES, LIFTED, MODES, NUMBER, RETURNED, SCOPE, STATE, Modes, Scope, mark_call
 
 _FACTORIES = (
     "arange linspace logspace zeros ones full empty eye tensor as_tensor scalar_tensor tril_indices "
@@ -107,10 +111,18 @@ class Tracer(fx.Tracer):
         self._paths = {id(tensor): path for path, tensor in reversed(owned)}
         _tracing.append(self)
         try:
-            with _symbolic_factories(self):
+            with _symbolic_factories(self), functions_kept(self._apply), tensors_to_isinstance(root):
                 return super().trace(root, concrete_args)
         finally:
             _tracing.pop()
+
+    def _apply(self, function: type[Any], grad: bool, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        """A call of a custom autograd Function; one without symbolic values runs as it is."""
+        target, given = applied(function, args)
+        if not any(isinstance(value, fx.Proxy) for value in given):
+            return run()
+        with torch.set_grad_enabled(grad):
+            return self.create_proxy("call_function", target, tuple(given), {})
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         proxies = []
@@ -153,6 +165,7 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta[SCOPE] = self.current
         node.meta[FRAMES] = _frames()
+        node.meta[MODES] = Modes.current()
         node.meta[NUMBER] = _is_number(node)
         return node
 

@@ -26,11 +26,11 @@ from torch import fx, nn
 
 from mfx.capture import named_modules
 from mfx.capture.dynamo import pass_by_masks
-from mfx.capture.lifted import kind_of, mark, note_shape
+from mfx.capture.lifted import kind_of, mark, note_modes, note_shape
 from mfx.capture.named import MODULES, teach
 from mfx.compile.stored import warn_of_stored
 from mfx.errors import CompileError, PlanChangedError
-from mfx.graph.notes import REGION
+from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.options import Options
 from mfx.pipeline import Place, momentumize_graph
@@ -208,6 +208,7 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
 
 def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, region: _Region) -> fx.GraphModule:
     """``gm`` with the chains of one region as momentum nodes."""
+    note_modes(gm.graph)
     placeholders = gm.graph.find_nodes(op="placeholder")
     kinds = {node: kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)}
     nodes = [node for node in gm.graph.nodes if node.meta.get(REGION) == number]
@@ -216,6 +217,8 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
     by_name = {str(node.target): node for node in placeholders}
     velocities = [by_name[name] for name in region.velocities]
     inner, inputs = part(gm, nodes, velocities)
+    if MODES in nodes[0].meta and nodes[0].meta[MODES] == nodes[-1].next.meta[MODES]:
+        inner.graph.output_node().meta[MODES] = nodes[0].meta[MODES]
     lifted = {inputs[node]: kind for node, kind in kinds.items() if kind and node in inputs}
     mark(inner.graph, lifted, {id(module): path for path, module in region.root.named_modules() if path})
     if region.momentum.options.shapes:

@@ -6,13 +6,20 @@ reads a graph reads notes, and asks no capture.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 SCOPE = "mfx_scope"
 """On every node: the :class:`Scope` in which it ran."""
 
+MODES = "mfx_modes"
+"""On every node: the :class:`Modes` that it runs under; on the output, those in which the graph is entered and left.
+Nodes that switch modes stand for nothing then.  Where a compiler's graph switches other modes, no node has the note."""
 FRAMES = "mfx_frames"
 """On every node: the Python functions that it ran in, from the model's forward inwards, each as (file, name)."""
 
@@ -47,6 +54,60 @@ class Scope:
 
     path: str
     call: int
+
+
+Switch = tuple["bool | None", "bool | None", tuple[tuple[str, bool, torch.dtype], ...]]
+"""Grad mode, inference mode and autocast (device type, enabled, dtype) to be set; None for what stays."""
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What an operation runs under, beside its inputs: the modes that a forward may switch for a part of itself."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype | None], ...]
+
+    @staticmethod
+    def current() -> Modes:
+        """Those in force now; the dtype of an autocast that is off does not matter."""
+        on = [(kind, torch.is_autocast_enabled(kind)) for kind in _device_types()]
+        autocast = tuple((kind, is_on, torch.get_autocast_dtype(kind) if is_on else None) for kind, is_on in on)
+        return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    def switch(self, base: Modes) -> Switch:
+        """What is to be set to come here from ``base``."""
+        inference = None if self.inference == base.inference else self.inference
+        grad = None if self.grad == base.grad and inference is None else self.grad
+        other = [mine for mine, theirs in zip(self.autocast, base.autocast, strict=True) if mine != theirs]
+        autocast = tuple((kind, is_on, dtype or torch.get_autocast_dtype(kind)) for kind, is_on, dtype in other)
+        return grad, inference, autocast
+
+
+@functools.cache
+def _device_types() -> tuple[str, ...]:
+    """Those that autocast may be on for."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    return tuple(kind for kind in kinds if torch.amp.is_autocast_available(kind))
+
+
+@contextlib.contextmanager
+def switched(
+    grad: bool | None, inference: bool | None, autocast: tuple[tuple[str, bool, torch.dtype], ...]
+) -> Iterator[None]:
+    """Under other modes (:data:`Switch`).
+
+    Weights that autocast has cast are not kept: of a cast without gradient other code would lose the gradient unseen.
+    """
+    with contextlib.ExitStack() as stack:
+        if inference is not None:
+            stack.enter_context(torch.inference_mode(inference))
+        if grad is not None:
+            stack.enter_context(torch.set_grad_enabled(grad))
+        for kind, enabled, dtype in autocast:
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        yield
 
 
 def mark_call(number: int, path: str, x: fx.Node, value: fx.Node) -> None:

@@ -3,8 +3,8 @@
 1. ``memory`` names, for each node, the node whose memory it may share (views, in-place results).
 2. ``writers`` are the nodes that write to a memory; ``stale_reads`` the in-place adds after which an older name of the
    memory is still read.
-3. A node holds as resources the random generator, the ambient modes (autocast, gradients) that the graph switches,
-   memory that somebody writes to, and a module with state that is called more than once.
+3. A node holds as resources the random generator, the ambient modes that a compiler's graph switches and that are not
+   noted on its nodes, memory that somebody writes to, and a module with state that is called more than once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from mfx.graph import operations
 from mfx.graph.adds import Add
+from mfx.graph.notes import MODES
 from mfx.graph.writes import aliased
 
 GENERATOR = "random generator"
@@ -76,7 +77,7 @@ def resources_of(
     """What each node holds; most hold nothing."""
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     resources: dict[fx.Node, frozenset[object]] = {}
-    switched = _switched(nodes)
+    switched = set[fx.Node]() if MODES in nodes[-1].meta else _switched(nodes)
     for node in nodes:
         if operations.is_query(node):
             continue

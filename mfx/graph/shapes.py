@@ -6,8 +6,9 @@ device and hold no memory; so inputs of any size cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from mfx.errors import InputTypeError
-from mfx.graph.notes import DTYPE, DTYPE_KEPT, SHAPE
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, switched
+from mfx.graph.operations import is_ambient
 from mfx.memory import KeptBytes
 from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
@@ -25,7 +27,7 @@ class Fake:
 
     def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        self.mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode: Any = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.tensors = [self._fake(tensor) for tensor in tensors]
@@ -76,13 +78,41 @@ class Fake:
         return total
 
 
-class _Interpreter(fx.Interpreter):
-    """Runs a root-relative graph node by node, noting each value's shape and dtype."""
+class Real(Fake):
+    """The place where a model runs on real values: on copies, which are all that it writes to."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+    def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
+        self.mode = contextlib.nullcontext()
+        self.model = model
+        self.given = tensors
+
+    def _fake(self, tensor: Any) -> Any:
+        copied = isinstance(tensor, torch.Tensor)
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad) if copied else tensor
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.tensors = [self._fake(value) for value in self.given]
+        devices = {parameter.device for parameter in self.model.parameters() if parameter.device.type != "cpu"}
+        kind = next(iter(devices)).type if devices else "cuda"
+        with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind), super().__call__():
+            yield
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a root-relative graph node by node, each under its modes; ``at`` is the node that runs."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         super().__init__(nn.Module(), graph=graph)
         self.root = root
-        self.kept = kept
+        self.base: Modes | None = graph.output_node().meta.get(MODES)
+        self.now = self.base
+        self.switch = contextlib.ExitStack()
+        self.at: fx.Node | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with self.switch:
+            return super().run(*args, **kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         owner, _, name = target.rpartition(".")
@@ -90,6 +120,30 @@ class _Interpreter(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.root.get_submodule(target)(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.at = n
+        modes = n.meta.get(MODES)
+        if self.base is not None and is_ambient(n):
+            return None
+        if self.base is not None and modes is not None and modes != self.now and n.op not in _ANYWHERE:
+            self.switch.close()
+            if modes != self.base:
+                self.switch.enter_context(switched(*modes.switch(self.base)))
+            self.now = modes
+        return super().run_node(n)
+
+
+_ANYWHERE = ("placeholder", "get_attr")
+"""What may be done under any modes."""
+
+
+class _Noting(Interpreter):
+    """Notes each value's shape and dtype, and the bytes that it keeps."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, kept: KeptBytes) -> None:
+        super().__init__(graph, root)
+        self.kept = kept
 
     def run_node(self, n: fx.Node) -> Any:
         self.kept.owner = n
@@ -119,7 +173,7 @@ def propagate_shapes(graph: fx.Graph, root: nn.Module, tensors: list[Any]) -> di
         output = None
         with KeptBytes([*root.parameters(), *root.buffers(), *_tensors(fake.tensors)]) as kept:
             try:
-                output = _Interpreter(graph, root, kept).run(*fake.tensors)
+                output = _Noting(graph, root, kept).run(*fake.tensors)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return {}
             except (RuntimeError, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from mfx.model.generated import guarded, shallow_copy
 from mfx.model.outlook import Outlook, outlooks
 from mfx.model.owners import guarded_methods, with_shells
 from mfx.model.parts import parts_of
-from mfx.model.state import Momentum, momentum_of
+from mfx.model.state import Momentum
 from mfx.options import Gamma, Options, Patterns, Velocity, make_options
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -148,6 +148,21 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has a forward of its own on the instance (model.forward = ...), which a "
             "captured graph would pass by: delete it, or put it into a class"
         )
+
+
+def momentum_of(mm: nn.Module) -> Momentum:
+    """The momentum side of a model that has one captured part, itself or a module inside."""
+    parts = parts_of(mm)
+    if len(parts) > 1:
+        paths = list(parts)
+        raise OptionError(
+            f"{type(mm).__name__} has {len(paths)} captured parts ({', '.join(paths)}): ask for one, such as "
+            f"mm.get_submodule({paths[0]!r})"
+        )
+    (momentum,) = parts.values()
+    if not isinstance(momentum, Momentum):
+        raise InputTypeError(f"{type(mm).__name__} is a MomentumNet, which needs no capture and has no graph")
+    return momentum
 
 
 def graph_of(mm: nn.Module) -> fx.Graph:

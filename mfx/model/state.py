@@ -1,7 +1,8 @@
 """State: the momentum side of a model, its options and its graphs so far.
 
 Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, and the training flags and
-settings of the modules), and captures the model anew where there is none.  Every graph must give the chains of the
+settings of the modules), and captures the model anew where there is none.  A symbolic capture is proven at its first
+call (:mod:`mfx.capture.proof`, M12).  Every graph must give the chains of the
 first one: the function must not depend on the mode.  Graphs are bounded in number, all together; the one that was not
 used for longest goes first.
 
@@ -18,14 +19,23 @@ from typing import Any
 
 from torch import fx, nn
 
-from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules
+from mfx.capture import (
+    Call,
+    Captured,
+    as_call,
+    capture_dynamo,
+    capture_symbolic,
+    default_form,
+    named_modules,
+    prove,
+)
 from mfx.capture.call import Form
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.compile.inside import new_token
-from mfx.errors import CaptureError, HookWarning, InputTypeError, MfxError, OptionError, PlanChangedError
+from mfx.errors import CaptureError, HookWarning, MfxError, PlanChangedError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import parts_of, refuse_replica
+from mfx.model.parts import refuse_replica
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph
 from mfx.rewrite import ByRoot
@@ -36,10 +46,11 @@ _MOST_GRAPHS = 32
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One captured and rewritten form of a model."""
+    """One captured and rewritten form of a model; ``proven`` says that the capture is known to be the model's."""
 
     captured: Captured
     passed: Passed
+    proven: bool = False
 
     def run(self, root: nn.Module, call: Call) -> Any:
         """The model's output."""
@@ -157,11 +168,19 @@ class Momentum:
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
+        held = None
         for place in range(len(self.entries) - 1, -1, -1):
-            if self.entries[place].captured.holds(root, call):
-                self.entries.append(self.entries.pop(place))
-                return self.entries[-1]
-        return self._by(lambda: self._symbolic(root, call), lambda: self._dynamo(root, call))
+            entry = self.entries[place]
+            if (entry.proven or self.options.capture != "dynamo") and entry.captured.holds(root, call):
+                held = self.entries.pop(place)
+                if held.proven:
+                    self.entries.append(held)
+                    return held
+                break
+        return self._by(
+            lambda: self._proven(self._symbolic(root, call) if held is None else held, root, call),
+            lambda: self._dynamo(root, call),
+        )
 
     def first(self, root: nn.Module, example_inputs: Any) -> Entry:
         """The graph of the example's call; without one, of the call that forward's signature suggests."""
@@ -180,7 +199,7 @@ class Momentum:
     def capture_form(self, root: nn.Module, form: Form) -> Entry:
         """The graph of calls of ``form``, by symbolic tracing."""
         captured = capture_symbolic(root, self.function, form, self._named(root))
-        return self._add(self._pass(root, captured))
+        return self._add(Entry(captured, self._passed(root, captured)))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Call]]:
@@ -215,24 +234,40 @@ class Momentum:
         """A graph by symbolic tracing: for all values of a number that varies, if that gives the same chains."""
         forward, named = self.function, self._named(root)
 
-        def passed(captured: SymbolicCapture) -> Entry:
-            return self._pass(root, with_sizes(captured, root, call) if self.options.shapes else captured)
+        def entry_of(captured: SymbolicCapture) -> Entry:
+            captured = with_sizes(captured, root, call) if self.options.shapes else captured
+            return Entry(captured, self._passed(root, captured))
 
         places = varied((entry.captured for entry in self.entries), root, call)
         if places and (call.spec, places) not in self.decisive:
             general = capture_general(root, forward, call, places, named)
-            entry = None if general is None else passed(general)
+            entry = None if general is None else entry_of(general)
             if entry is not None and entry.passed.plan.names == self.chains:
-                return self._add(entry)
+                return entry
             self.decisive.add((call.spec, places))
-        return self._add(passed(capture_symbolic(root, forward, call.form, named)))
+        return entry_of(capture_symbolic(root, forward, call.form, named))
+
+    def _proven(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
+        """The entry, which is used from now on: its capture is the model's, or nothing can be said of it yet.
+
+        Raises:
+            CaptureError: it is not; then what was planned by it is forgotten, as long as nothing has run.
+        """
+        assert isinstance(entry.captured, SymbolicCapture)
+        try:
+            proven = prove(root, self.function, entry.captured, call)
+        except CaptureError:
+            if not any(other.proven for other in self.entries) and not self.velocities(root):
+                self.chains, self.places = None, {}
+            raise
+        return self._add(replace(entry, proven=proven))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
         captured = capture_dynamo(root, self.function, call, self._named(root))
-        return self._add(self._pass(root, captured))
+        return self._add(Entry(captured, self._passed(root, captured), proven=True))
 
-    def _pass(self, root: nn.Module, captured: Captured) -> Entry:
-        return Entry(captured, momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place))
+    def _passed(self, root: nn.Module, captured: Captured) -> Passed:
+        return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place)
 
     def _add(self, entry: Entry) -> Entry:
         self._same_chains(entry)
@@ -260,18 +295,3 @@ def _place(chain: tuple[str, ...] | None) -> str:
     if chain is None:
         return "not there"
     return f"in the chain {list(chain)}" if chain else "kept as it is"
-
-
-def momentum_of(mm: nn.Module) -> Momentum:
-    """The momentum side of a model that has one captured part, itself or a module inside."""
-    parts = parts_of(mm)
-    if len(parts) > 1:
-        paths = list(parts)
-        raise OptionError(
-            f"{type(mm).__name__} has {len(paths)} captured parts ({', '.join(paths)}): ask for one, such as "
-            f"mm.get_submodule({paths[0]!r})"
-        )
-    (momentum,) = parts.values()
-    if not isinstance(momentum, Momentum):
-        raise InputTypeError(f"{type(mm).__name__} is a MomentumNet, which needs no capture and has no graph")
-    return momentum

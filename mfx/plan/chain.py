@@ -9,7 +9,7 @@ from torch import fx
 
 from mfx.errors import Reason
 from mfx.find import Block, Rejection
-from mfx.graph.notes import DTYPE
+from mfx.graph.notes import DTYPE, MODES, Modes
 from mfx.options import Options
 from mfx.rule import Rule, Schedule, schedule
 
@@ -65,6 +65,11 @@ class Chain:
     def output(self) -> fx.Node:
         """x_N."""
         return self.blocks[-1].output
+
+    @property
+    def modes(self) -> Modes | None:
+        """What its adds run under; None where the graph switches its modes itself."""
+        return self.output.meta.get(MODES)
 
     @property
     def escapes(self) -> tuple[fx.Node, ...]:

@@ -1,6 +1,7 @@
 """Order: consecutive blocks as chains, each as long as nothing in between stands in the way.
 
-A chain will run as one node where its last block ends.  So a block joins only if no side value of it is computed from
+A chain will run as one node where its last block ends.  So a block joins only if its add runs under the same grad mode
+and autocast, no side value of it is computed from
 the chain itself, and nothing changes in the order in which the random generator, written memory or shared stateful
 modules are used (:mod:`mfx.graph.resources`); otherwise a new chain starts there.
 """
@@ -16,6 +17,7 @@ from mfx.errors import Reason
 from mfx.find import Block, Rejection
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
+from mfx.graph.notes import MODES, Modes
 from mfx.graph.resources import AMBIENT
 from mfx.plan.level import reject
 
@@ -42,8 +44,8 @@ def _runs(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> l
     }
     for block in blocks:
         run = open_runs.pop(block.skip, None)
-        if run is None or run.obstacle(block) is not None:
-            run = _Run(flow, block.skip, ignored)
+        if run is None or run.modes != block.output.meta.get(MODES) or run.obstacle(block) is not None:
+            run = _Run(flow, block.skip, ignored, block.output.meta.get(MODES))
             obstacle = run.obstacle(block)
             if obstacle is not None:
                 rejections.append(reject(block, Reason.ORDER, obstacle))
@@ -63,8 +65,11 @@ class _Run:
     memory are ``ignored`` (memory, writer) where the rewritten add, and what follows it, have a tensor of their own.
     """
 
-    def __init__(self, flow: Dataflow, start: fx.Node, ignored: set[tuple[object, fx.Node]]) -> None:
+    def __init__(
+        self, flow: Dataflow, start: fx.Node, ignored: set[tuple[object, fx.Node]], modes: Modes | None
+    ) -> None:
         self.flow = flow
+        self.modes = modes
         self.blocks: list[Block] = []
         self.scanned = flow.position[start] + 1
         self.states = {start}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mfx.rewrite.switches import all_left, has_switches
 from mfx.run import ChainSpec, run
 
 
@@ -40,22 +41,25 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    return _root_twice(scope["forward"])
+    return _root_twice(scope["forward"], has_switches(graph))
 
 
-def _root_twice(function: Any) -> Callable[..., Any]:
+def _root_twice(function: Any, switches: bool) -> Callable[..., Any]:
     def call(root: nn.Module, *inputs: Any) -> Any:
-        return function(root, root, *inputs)
+        if not switches:
+            return function(root, root, *inputs)
+        with all_left():
+            return function(root, root, *inputs)
 
-    call.__wrapped__ = function  # type: ignore[attr-defined]
+    call.__wrapped__ = function, switches  # type: ignore[attr-defined]
     return call
 
 
 def with_calls(compiled: Any, calls: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
     """A compiled graph with other chain functions, by their names; nothing is compiled anew."""
-    function = compiled.__wrapped__
+    function, switches = compiled.__wrapped__
     scope = dict(function.__globals__)
     for key, value in scope.items():
         if getattr(value, "__module__", None) == "mfx" and getattr(value, "__name__", None) in calls:
             scope[key] = calls[value.__name__]
-    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__))
+    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__), switches)

@@ -6,6 +6,7 @@
    a tuple of operands: its side values, then its parameters.  Its results are x_N, the taps, and the branch values
    handed out.
 3. Each branch becomes a graph, and a function, of its own (:mod:`mfx.rewrite.specs`).
+4. Nodes run under the modes that they carry, a chain under those of its adds (:mod:`mfx.rewrite.switches`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import fx
 from mfx.find import Found
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
+from mfx.graph.notes import MODES
 from mfx.plan import Chain, Plan
 from mfx.plan.order import contract, first_states
 from mfx.rewrite.binding import Binding
 from mfx.rewrite.code import chain_function, with_calls
 from mfx.rewrite.specs import join_path, spec_of
+from mfx.rewrite.switches import Switches
 from mfx.run import ChainSpec
 
 
@@ -52,10 +55,13 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
     first = binding.begin(graph)
     env: dict[fx.Node, fx.Node] = {}
     states = first_states([chain.blocks for chain in plan.chains])
+    switches = Switches(graph, flow.graph.output_node().meta.get(MODES))
     for item in _order(flow, plan):
         if isinstance(item, Chain):
+            switches.to(item.modes)
             _emit(graph, binding, first, item, specs[item.index], env, learned=callable(plan.options.velocity))
-        else:
+        elif not (switches.noted and operations.is_ambient(item)):
+            switches.before(item)
             env[item] = graph.node_copy(item, _lookup(item, env, states))
     graph.lint()
     return Rewritten(graph, binding.finish(graph), specs)
@@ -118,3 +124,11 @@ def _emit(
     node = graph.call_function(binding.function(spec), (*first, x, velocity, *groups), keywords)
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
+        if _without_gradient(value, chain):
+            env[value] = graph.call_method("detach", (env[value],))
+
+
+def _without_gradient(value: fx.Node, chain: Chain) -> bool:
+    """Whether a branch computes the value without gradient: in a step all values have one, if only of zero."""
+    modes = value.meta.get(MODES)
+    return value in chain.escapes and modes is not None and chain.modes is not None and chain.modes.grad > modes.grad

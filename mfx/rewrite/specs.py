@@ -15,10 +15,12 @@ from torch import fx, nn
 from mfx.find import Block
 from mfx.graph.adds import Add
 from mfx.graph.dataflow import Dataflow, get_attribute
+from mfx.graph.notes import MODES
 from mfx.graph.operations import argument
 from mfx.graph.writes import moves_statistics
 from mfx.plan import Chain, Way
 from mfx.rewrite.code import compile_graph
+from mfx.rewrite.switches import Switches
 from mfx.rule import Rule, StepSpec
 from mfx.rule.step import Escape, State
 from mfx.run import ChainSpec
@@ -120,11 +122,14 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
     env = {block.skip: graph.placeholder("x")}
     for number, side in enumerate(block.sides):
         env[side] = graph.placeholder(f"side_{number}")
+    switches = Switches(graph, block.output.meta.get(MODES))
     for node in block.members:
+        switches.before(node)
         if block.tail and node is block.tail[0] and block.written:
             env[node] = _functional(graph, flow.adds[node], env)
         elif node not in left_out:
             env[node] = graph.node_copy(node, lambda source: None if source in left_out else env[source])  # type: ignore
+    switches.end()
     graph.output(tuple(env[node] for node in (block.value, *block.escapes)))
     graph.lint()
     return graph

@@ -17,7 +17,7 @@ from nets import Block, ConvNet, Net, images, rows
 from torch import Tensor, nn
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 
 
 class Branching(Net):

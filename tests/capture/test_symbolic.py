@@ -11,7 +11,7 @@ from nets import Block, Net, rows
 from torch import Tensor, nn
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 
 CAPTURES = pytest.mark.parametrize("capture", ["fx", "dynamo"])
 MOST = 32

@@ -12,7 +12,7 @@ from nets import Net, rows
 from torch import nn
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 from mfx.rewrite import Rewritten
 
 

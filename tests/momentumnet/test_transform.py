@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mfx
 from mfx.find.named import calls_of
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 
 GAMMA = 0.8
 

@@ -13,7 +13,7 @@ from nets import Net, rows
 from torch import Tensor, nn
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 from mfx.rule import Momentum, Schedule, schedule
 from mfx.rule.precision import default_tolerance
 from mfx.run.tape import observing

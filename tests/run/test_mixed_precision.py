@@ -10,7 +10,7 @@ from nets import Block, ConvNet, Net
 from torch import Tensor, nn
 
 import mfx
-from mfx.model.state import momentum_of
+from mfx.model.conversion import momentum_of
 
 
 class Plain(nn.Module):

@@ -325,7 +325,7 @@ def test_an_autocast_region_that_is_lost_shows_under_a_tolerance_for_half_precis
         {"state_dtype": torch.float64},
         {"capture": "dynamo"},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_the_options_hold_in_every_comparison(options):
     network = Net(4, p=0.3)
