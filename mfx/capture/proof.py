@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mfx.capture.call import Call
-from mfx.capture.frozen import apart
+from mfx.capture.frozen import apart, remembered, restore
 from mfx.capture.symbolic import SymbolicCapture
 from mfx.capture.values import functions_kept
 from mfx.errors import CaptureError
@@ -45,11 +45,7 @@ from mfx.torch_versions import (
     without_modes,
 )
 
-_PASSED_BY = (
-    os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(os.path.dirname(os.path.dirname(__file__)), ""),
-)
-
+_PASSED_BY = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
 
 _now = threading.local()
 
@@ -110,7 +106,9 @@ class _Proof:
         if sum(STATE in module.__dict__ for module in self.root.modules()) > (STATE in self.root.__dict__):
             with place():  # parts with graphs of their own capture them now, and not between two logs
                 self.own(place.tensors)
+        before = remembered(self.root)
         own = self._log(place, lambda log: self.own(place.tensors))
+        restore(before)
         try:
             return own, self._log(place, lambda log: self.graph(place, log))
         except Exception as error:
