@@ -116,18 +116,17 @@ class _Proof:
             raise _refusal(self.root, f"the model runs to its end\n    the graph stops with {said}") from error
 
     def own(self, inputs: Sequence[Any]) -> list[Any]:
-        """The flat outputs of the model's own forward."""
+        """The outputs of the model's own forward: their tree, and its leaves."""
         args, kwargs = self.captured.form.fill(inputs)
         flat, spec = pytree.tree_flatten(self.forward(self.root, *args, **kwargs))
-        if spec != self.captured.out_spec:
-            raise _refusal(self.root, f"the model returns {spec}, the graph {self.captured.out_spec}")
-        return flat
+        return [spec, *flat]
 
     def graph(self, place: Fake, log: _Log) -> list[Any]:
         """Those of the graph."""
         interpreter = Interpreter(self.captured.graph, self.root)
         log.at = lambda: str(interpreter.at)
-        return list(interpreter.run(*place.tensors))
+        flat, spec = pytree.tree_flatten(pytree.tree_unflatten(interpreter.run(*place.tensors), self.captured.out_spec))
+        return [spec, *flat]
 
     def _log(self, place: Fake, run: Callable[[_Log], list[Any]]) -> _Log:
         with place():
@@ -255,7 +254,7 @@ def _compare(root: nn.Module, own: _Log, graph: _Log) -> None:
     for mine, theirs in zip_longest(rows, others):
         if mine is None or theirs is None or not _same_row(mine, theirs):
             raise _refusal(root, f"the model runs {_shown(mine)}\n    the graph runs {_shown(theirs)}")
-    for number, (mine, theirs) in enumerate(zip(returned, given, strict=True)):
+    for number, (mine, theirs) in enumerate(zip_longest(returned, given)):
         if not _same(mine, theirs):
             raise _refusal(root, f"output {number} of the model is not the graph's")
 
