@@ -30,8 +30,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mfx.capture.call import Call
-from mfx.capture.frozen import apart
+from mfx.capture.frozen import apart, remembered, restore
 from mfx.capture.symbolic import SymbolicCapture
+from mfx.capture.tracer import following
 from mfx.capture.values import functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
@@ -45,11 +46,7 @@ from mfx.torch_versions import (
     without_modes,
 )
 
-_PASSED_BY = (
-    os.path.join(os.path.dirname(torch.__file__), ""),
-    os.path.join(os.path.dirname(os.path.dirname(__file__)), ""),
-)
-
+_PASSED_BY = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
 
 _now = threading.local()
 
@@ -110,7 +107,9 @@ class _Proof:
         if sum(STATE in module.__dict__ for module in self.root.modules()) > (STATE in self.root.__dict__):
             with place():  # parts with graphs of their own capture them now, and not between two logs
                 self.own(place.tensors)
+        before = remembered(self.root)
         own = self._log(place, lambda log: self.own(place.tensors))
+        restore(before)
         try:
             return own, self._log(place, lambda log: self.graph(place, log))
         except Exception as error:
@@ -118,18 +117,18 @@ class _Proof:
             raise _refusal(self.root, f"the model runs to its end\n    the graph stops with {said}") from error
 
     def own(self, inputs: Sequence[Any]) -> list[Any]:
-        """The flat outputs of the model's own forward."""
+        """The outputs of the model's own forward: their tree, and its leaves."""
         args, kwargs = self.captured.form.fill(inputs)
-        flat, spec = pytree.tree_flatten(self.forward(self.root, *args, **kwargs))
-        if spec != self.captured.out_spec:
-            raise _refusal(self.root, f"the model returns {spec}, the graph {self.captured.out_spec}")
-        return flat
+        with following(self):
+            flat, spec = pytree.tree_flatten(self.forward(self.root, *args, **kwargs))
+        return [spec, *flat]
 
     def graph(self, place: Fake, log: _Log) -> list[Any]:
         """Those of the graph."""
         interpreter = Interpreter(self.captured.graph, self.root)
         log.at = lambda: str(interpreter.at)
-        return list(interpreter.run(*place.tensors))
+        flat, spec = pytree.tree_flatten(pytree.tree_unflatten(interpreter.run(*place.tensors), self.captured.out_spec))
+        return [spec, *flat]
 
     def _log(self, place: Fake, run: Callable[[_Log], list[Any]]) -> _Log:
         with place():
@@ -257,7 +256,7 @@ def _compare(root: nn.Module, own: _Log, graph: _Log) -> None:
     for mine, theirs in zip_longest(rows, others):
         if mine is None or theirs is None or not _same_row(mine, theirs):
             raise _refusal(root, f"the model runs {_shown(mine)}\n    the graph runs {_shown(theirs)}")
-    for number, (mine, theirs) in enumerate(zip(returned, given, strict=True)):
+    for number, (mine, theirs) in enumerate(zip_longest(returned, given)):
         if not _same(mine, theirs):
             raise _refusal(root, f"output {number} of the model is not the graph's")
 

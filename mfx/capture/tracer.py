@@ -71,12 +71,22 @@ class Constant:
         return self.value
 
 
-_tracing: list[Tracer] = []
+_followed: list[object] = []
 
 
-def is_tracing() -> bool:
-    """Whether Python runs on symbolic values."""
-    return bool(_tracing)
+@contextlib.contextmanager
+def following(who: object) -> Iterator[None]:
+    """Around a run of a model's own Python that is looked at, and gives its caller nothing."""
+    _followed.append(who)
+    try:
+        yield
+    finally:
+        _followed.pop()
+
+
+def is_followed() -> bool:
+    """Whether Python runs only to be looked at: on symbolic values, or for a proof."""
+    return bool(_followed)
 
 
 class Tracer(fx.Tracer):
@@ -109,12 +119,8 @@ class Tracer(fx.Tracer):
         self.entered[""] = root
         owned = [*root.named_parameters(), *root.named_buffers()]
         self._paths = {id(tensor): path for path, tensor in reversed(owned)}
-        _tracing.append(self)
-        try:
-            with _symbolic_factories(self), functions_kept(self._apply), tensors_to_isinstance(root):
-                return super().trace(root, concrete_args)
-        finally:
-            _tracing.pop()
+        with following(self), _symbolic_factories(self), functions_kept(self._apply), tensors_to_isinstance(root):
+            return super().trace(root, concrete_args)
 
     def _apply(self, function: type[Any], grad: bool, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         """A call of a custom autograd Function; one without symbolic values runs as it is."""

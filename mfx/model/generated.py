@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mfx.capture.tracer import is_tracing
+from mfx.capture.tracer import is_followed
 from mfx.compile.inside import traced
 from mfx.errors import EntryError, InputTypeError
 from mfx.graph.notes import STATE
@@ -102,7 +102,7 @@ def _guard(original: type[nn.Module], name: str) -> Any:
 
     @functools.wraps(function)
     def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_tracing():
+        if torch.compiler.is_dynamo_compiling() or is_followed():
             return function(self, *args, **kwargs)
         raise EntryError(
             f"{original.__name__}.{name} runs blocks of a momentum chain that {original.__name__}.forward runs whole; "

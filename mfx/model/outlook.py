@@ -5,13 +5,16 @@
    noted.  From the outside inwards, modules are captured for their call, and of those that can be, the ones with chains
    count.
 
+3. A chain that would go on from one part to the next, were it not for the Python between, is refused: each part starts
+   with a new velocity, so the model would be another function.
+
 Known limits: a part whose forward ran more than once in the example is passed by.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +29,7 @@ from mfx.model.owners import untouched
 from mfx.model.state import Entry, Momentum
 from mfx.options import Options, check_patterns
 from mfx.pipeline import Place
+from mfx.torch_versions import pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +58,12 @@ def outlooks(model: nn.Module, options: Options, example_inputs: Any) -> dict[st
         if example_inputs is None or callable(options.velocity):
             raise
         refused = error
-    found = _parts(model, options, as_call(example_inputs))
-    if not found:
+    try:
+        traffic = _traffic_within(model, as_call(example_inputs))
+    except Exception as error:
+        raise refused from error  # the example is no call that can be run (shapes alone, say)
+    found = _parts(model, options, traffic)
+    if not found or _are_linked(found, traffic):
         raise refused
     _check_patterns(found, options)
     return found
@@ -71,9 +79,34 @@ def _whole(model: nn.Module, options: Options, example_inputs: Any) -> Outlook:
     return Outlook(mm, entry, None if example_inputs is None else as_call(example_inputs))
 
 
-def _parts(model: nn.Module, options: Options, call: Call) -> dict[str, Outlook]:
+@dataclass(frozen=True, eq=False)
+class _Traffic:
+    """What went into and came out of each module in one run of a model."""
+
+    calls: Mapping[str, list[Call]]
+    outputs: Mapping[str, list[Any]]
+
+
+def _are_linked(found: Mapping[str, Outlook], traffic: _Traffic) -> bool:
+    """Whether a chain that ends with one part would go on with another."""
+    ends = [
+        leaf
+        for path, outlook in found.items()
+        if any(user.op == "output" for chain in outlook.entry.passed.plan.chains for user in chain.output.users)
+        for leaf in pytree.tree_leaves(traffic.outputs[path])
+    ]
+    starts = [
+        tensor
+        for path, outlook in found.items()
+        if any(chain.input.op == "placeholder" for chain in outlook.entry.passed.plan.chains)
+        for tensor in traffic.calls[path][0].tensors
+    ]
+    return any(end is start for end in ends for start in starts)
+
+
+def _parts(model: nn.Module, options: Options, traffic: _Traffic) -> dict[str, Outlook]:
     """The outermost modules that can be captured and have chains."""
-    calls = _calls_within(model, call)
+    calls = traffic.calls
     found: dict[str, Outlook] = {}
 
     def visit(module: nn.Module, path: str) -> None:
@@ -101,28 +134,33 @@ def _part(module: nn.Module, path: str, first: int, options: Options, call: Call
         return None
 
 
-def _calls_within(model: nn.Module, call: Call) -> dict[str, list[Call]]:
-    """The calls of each module in one run of the model as it is."""
+def _traffic_within(model: nn.Module, call: Call) -> _Traffic:
+    """The calls of each module, and what they gave, in one run of the model as it is."""
     calls: dict[str, list[Call]] = {}
+    outputs: dict[str, list[Any]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model))
         for path, module in model.named_modules():
-            stack.enter_context(_noting(module, calls.setdefault(path, [])))
+            stack.enter_context(_noting(module, calls.setdefault(path, []), outputs.setdefault(path, [])))
         with torch.no_grad():
             model(*call.args, **call.kwargs)
-    return calls
+    return _Traffic(calls, outputs)
 
 
 @contextlib.contextmanager
-def _noting(module: nn.Module, calls: list[Call]) -> Iterator[None]:
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+def _noting(module: nn.Module, calls: list[Call], outputs: list[Any]) -> Iterator[None]:
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append(Call(args, kwargs))
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _check_patterns(found: dict[str, Outlook], options: Options) -> None:

@@ -63,8 +63,7 @@ def test_the_dtypes_inside_an_island_are_those_of_the_original():
     seen.clear()
     run(Under(mm, True), rows().detach().float())
     assert set(expected) == {torch.float32, torch.bfloat16}
-    assert seen[: len(expected)] == expected
-    assert sorted(map(str, seen[len(expected) :])) == sorted(map(str, expected))  # backward, last block first
+    assert seen == expected  # hooks run once a step, and not again in backward
 
 
 class Frozen(Net):
