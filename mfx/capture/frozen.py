@@ -31,6 +31,7 @@ from torch import fx, nn
 
 from mfx.capture.call import Form, Input
 from mfx.capture.tracer import Constant, Tracer
+from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import ADDED, Modes
 from mfx.graph.writes import aliased, writes
@@ -164,7 +165,7 @@ def generators_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def apart(root: nn.Module) -> Iterator[None]:
-    """Run the model once more, unseen: attributes and generators stay, no hooks run, and no mode sees what runs."""
+    """Run the model once more, unseen: attributes, what they hold, and generators stay; no hook or mode sees it."""
     before = remembered(root)
     everywhere = [dict(hooks) for hooks in GLOBAL_HOOKS]
     cache = torch.is_autocast_cache_enabled()
@@ -175,7 +176,7 @@ def apart(root: nn.Module) -> Iterator[None]:
         for module in before:
             module.__dict__.update({name: {} for name in _HOOKS if module.__dict__.get(name)})
         torch.set_autocast_cache_enabled(False)  # a weight that one run has cast, the other would find cast
-        with without_modes(), generators_kept(), dropped:
+        with without_modes(), generators_kept(), contents_kept(before), dropped:
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)

@@ -38,7 +38,7 @@ from mfx.capture.frozen import (
     restore,
 )
 from mfx.capture.tracer import Constant, Tracer
-from mfx.capture.values import Applied
+from mfx.capture.values import Applied, contents_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import MODES, Modes
 from mfx.graph.shapes import propagate_shapes
@@ -157,11 +157,17 @@ def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
     """Run the tracer, and refuse what it would have frozen or lost."""
     before = remembered(model)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), contents_kept(before) as changed:
             draws = generator_states()
             with modes_kept(model):
                 graph = tracer.trace(model)
             refuse_frozen_draws(draws)
+            if changed():
+                raise CaptureError(
+                    f"the forward of {type(model).__name__}, or of a module in it, changes a list, dict or set that it "
+                    "keeps as an attribute, which a captured graph would not repeat: return the value instead, or take "
+                    "the module whole with modules="
+                )
         refuse_written_constants(graph, model)
         refuse_assignments(before, tracer)
         return graph

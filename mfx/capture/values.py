@@ -17,7 +17,7 @@ import builtins
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -186,3 +186,40 @@ def _gives_one_tensor(name: str) -> bool:
     """Whether the operation of this name gives one tensor, whatever it is called with."""
     found = [[str(value.type) for value in schema.returns] for schema in _schemas(name)]
     return bool(found) and all(values == ["Tensor"] for values in found)
+
+
+@contextlib.contextmanager
+def contents_kept(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
+    """Leave the lists, dicts and sets that modules hold as attributes, and those inside of these, as they are.
+
+    Gives a function that says whether one of them has changed meanwhile.
+    """
+    found: dict[int, tuple[Any, Any]] = {}
+
+    def visit(value: Any) -> None:
+        if type(value) not in (list, dict, set, tuple) or id(value) in found:
+            return
+        if type(value) is not tuple:
+            found[id(value)] = value, value.copy()
+        for inner in value.values() if isinstance(value, dict) else value:
+            visit(inner)
+
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if not name.startswith("_"):
+                visit(value)
+    try:
+        yield lambda: any(_differs(value, before) for value, before in found.values())
+    finally:
+        for value, before in found.values():
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+def _differs(value: Any, before: Any) -> bool:
+    """Whether a container holds other objects than it did."""
+    if isinstance(value, dict):
+        return value.keys() != before.keys() or any(value[key] is not item for key, item in before.items())
+    if isinstance(value, set):
+        return value != before
+    return len(value) != len(before) or any(mine is not theirs for mine, theirs in zip(value, before, strict=True))

@@ -26,6 +26,8 @@ from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_symbolic, default_form
 from mfx.capture.call import call_form
+from mfx.capture.frozen import remembered, restore
+from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError, PlanChangedError
 from mfx.graph.notes import FRAMES, SCOPE
 from mfx.model.generated import copied, shallow_copy
@@ -199,13 +201,15 @@ def _recording(sides: Mapping[str, Momentum]) -> Iterator[dict[str, list[Call]]]
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave buffers and random generators as they are."""
+    """Leave buffers, attributes, what they hold, and random generators as they are."""
+    attributes = remembered(model)
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {buffer.device.index for buffer in [*model.parameters(), *model.buffers()] if buffer.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(devices)):
+        with torch.random.fork_rng(devices=sorted(devices)), contents_kept(attributes):
             yield
     finally:
+        restore(attributes)
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)

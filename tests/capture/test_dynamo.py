@@ -34,11 +34,6 @@ class Branching(Net):
         return {"y": self.head(y), "flags": flags}
 
 
-def plan_of(mm: nn.Module) -> Any:
-    """The plan of the first capture."""
-    return momentum_of(mm).entries[0].passed.plan
-
-
 def captures(mm: nn.Module) -> int:
     """How many graphs there are."""
     return len(momentum_of(mm).entries)

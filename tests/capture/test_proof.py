@@ -268,3 +268,31 @@ def test_transformers_and_shared_modules_are_proven():
     model = net(lambda self, x, y: self.layer(self.layer(x, y), y), layer=layer)
     x, y = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
     assert verdict(model, *captured_of(model, x, y))
+
+
+class Notes(Net):
+    """Keeps a feature of each call in a list, and counts in a dict of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.counts = [], {"calls": [0]}
+
+    def forward(self, x):
+        self.counts["calls"][0] += 1
+        y = super().forward(x)
+        self.features.append(y.detach())
+        return y
+
+
+def test_what_a_model_collects_is_collected_once_a_call():
+    model, x = Notes(), rows().detach()
+    with pytest.raises(mfx.CaptureError, match="changes a list, dict or set"):
+        mfx.momentumize(model, 0.0, capture="fx")
+    assert model.counts["calls"] == [0]
+    mm = mfx.momentumize(model, 0.0, example_inputs=x)
+    for count in (1, 2, 3):
+        y = mm(x)
+        assert model.counts["calls"] == [count]
+        assert len(model.features) == count
+        assert type(model.features[-1]) is torch.Tensor
+        torch.testing.assert_close(model.features[-1], y.detach())
