@@ -7,9 +7,12 @@ these become inputs as well.
 
 from __future__ import annotations
 
+import enum
 import inspect
+import numbers
+import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -205,3 +208,40 @@ def _same(mine: Any, theirs: Any) -> bool:
     except TypeError:
         return mine is theirs
     return bool(mine == theirs)
+
+
+_PLAIN = (numbers.Number, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_PLAIN = (*_PLAIN, torch.memory_format, torch.Generator, enum.Enum, type, types.BuiltinFunctionType, Input)
+"""Arguments of these types are what they are, or (a generator) looked at by torch alone."""
+
+
+def refuse_objects(forward: Any, form: Form) -> None:
+    """An object among the arguments may hold other tensors the next time, and a graph would hold the first ones."""
+    args, kwargs = form.fill(leaf for leaf in form.leaves if isinstance(leaf, Input))
+    try:
+        named = inspect.signature(forward).bind(None, *args, **kwargs).arguments
+    except TypeError:
+        named = {f"input {place}": leaf for place, leaf in enumerate(form.leaves)}
+    for name, value in named.items():
+        for leaf in pytree.tree_leaves(value):
+            if not _is_plain(leaf):
+                raise CaptureError(
+                    f"the argument {name!r} holds a {type(leaf).__module__}.{type(leaf).__qualname__}, and a "
+                    "symbolically captured graph would hold what is in it now for good: pass tensors, numbers, "
+                    "strings and containers of them, or let Dynamo follow the object (capture='dynamo' or 'auto')"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None and not value.__dict__
+    if isinstance(value, slice):
+        return all(map(_is_plain, (value.start, value.stop, value.step)))
+    if isinstance(value, (range, torch.Size)):
+        return True
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_plain, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        return frozen and all(_is_plain(getattr(value, field.name)) for field in fields(value))
+    return isinstance(value, _PLAIN)

@@ -14,28 +14,23 @@ Known limits: module-level globals and class attributes are not guarded.
 from __future__ import annotations
 
 import contextlib
-import enum
-import inspect
-import numbers
 import os
 import random
 import sys
 import traceback
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mfx.capture.call import Form, Input
 from mfx.capture.tracer import Constant, Tracer
 from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import ADDED, Modes
 from mfx.graph.writes import aliased, writes
-from mfx.torch_versions import GLOBAL_HOOKS, pytree, without_modes
+from mfx.torch_versions import GLOBAL_HOOKS, without_modes
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -51,28 +46,42 @@ class Guards:
     """What a graph froze.
 
     ``seen``: (module or None for the root, table, key, value) of attributes and children; ``parameters``: the
-    names of the parameters of modules taken whole.
+    names of the parameters of modules taken whole; ``children``: the names of the children of modules that were
+    entered or passed by on the way (a list of blocks); ``classes``: what each of all these was; ``ties``: the places of
+    each tensor that was a parameter in several.
     """
 
     seen: tuple[tuple[nn.Module | None, str, str, Any], ...]
     parameters: tuple[tuple[nn.Module, tuple[str, ...]], ...]
+    children: tuple[tuple[nn.Module | None, tuple[str, ...]], ...]
+    classes: tuple[tuple[nn.Module, type], ...]
+    ties: tuple[tuple[tuple[nn.Module | None, str], ...], ...]
 
     @staticmethod
     def of(tracer: Tracer) -> Guards:
         """What ``tracer`` has read."""
+        root = tracer.entered[""]
         seen: list[tuple[nn.Module | None, str, str, Any]] = []
         for path, module in tracer.entered.items():
-            owner = module if path else None
             kinds = (*_SIMPLE, torch.Tensor)
             simple = [(key, value) for key, value in module.__dict__.items() if isinstance(value, kinds)]
-            seen += [(owner, "", key, value) for key, value in simple]
+            seen += [(module if path else None, "", key, value) for key, value in simple]
+        passed = {**tracer.entered, **_containers(tracer, root)}
+        for path, module in passed.items():
             children = [(key, child) for key, child in module._modules.items() if key != ADDED]
-            seen += [(owner, "_modules", key, child) for key, child in children]
+            seen += [(module if path else None, "_modules", key, child) for key, child in children]
         whole = [inner for module in tracer.called.values() for inner in module.modules()]
         for module in whole:
             seen += [(module, "", key, module.__dict__[key]) for key in _PLANNED_BY if key in module.__dict__]
             seen += [(module, "_modules", key, child) for key, child in module._modules.items()]
-        return Guards(tuple(seen), tuple((module, _parameter_names(module)) for module in whole))
+        inner = [module for path, module in passed.items() if path]
+        return Guards(
+            tuple(seen),
+            tuple((module, _parameter_names(module)) for module in whole),
+            tuple((module if path else None, _child_names(module)) for path, module in passed.items()),
+            tuple((module, type(module)) for module in (*inner, *whole)),
+            _ties(root),
+        )
 
     def hold(self, root: nn.Module) -> bool:
         """Whether everything is still as it was seen."""
@@ -82,48 +91,41 @@ class Guards:
             now = entries[key] if key in entries else _MISSING  # noqa: SIM401  # scripted modules have no get
             if now is not value and not _same(now, value):
                 return False
-        return all(_parameter_names(module) == names for module, names in self.parameters)
+        return (
+            all(_parameter_names(module) == names for module, names in self.parameters)
+            and all(_child_names(root if module is None else module) == names for module, names in self.children)
+            and all(type(module) is kind for module, kind in self.classes)
+            and all(_are_one(root, tie) for tie in self.ties)
+        )
+
+
+def _containers(tracer: Tracer, root: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold what was entered or called, and were neither themselves (lists of blocks)."""
+    paths = {*tracer.entered, *tracer.called}
+    above = {path[:place] for path in paths for place, letter in enumerate(path) if letter == "."}
+    return {path: root.get_submodule(path) for path in sorted(above - paths)}
+
+
+def _are_one(root: nn.Module, places: tuple[tuple[nn.Module | None, str], ...]) -> bool:
+    held = [(root if module is None else module)._parameters.get(name) for module, name in places]
+    return all(parameter is held[0] for parameter in held)
+
+
+def _child_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name in module._modules if name != ADDED)
+
+
+def _ties(root: nn.Module) -> tuple[tuple[tuple[nn.Module | None, str], ...], ...]:
+    """The places of each parameter that has several."""
+    places: dict[int, list[tuple[nn.Module | None, str]]] = {}
+    for path, parameter in root.named_parameters(remove_duplicate=False):
+        owner, _, name = path.rpartition(".")
+        places.setdefault(id(parameter), []).append((root.get_submodule(owner) if owner else None, name))
+    return tuple(tuple(found) for found in places.values() if len(found) > 1)
 
 
 def _parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in module._parameters.items() if parameter is not None)
-
-
-_PLAIN = (numbers.Number, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
-_PLAIN = (*_PLAIN, torch.memory_format, torch.Generator, enum.Enum, type, types.BuiltinFunctionType, Input)
-"""Arguments of these types are what they are, or (a generator) looked at by torch alone."""
-
-
-def refuse_objects(forward: Any, form: Form) -> None:
-    """An object among the arguments may hold other tensors the next time, and a graph would hold the first ones."""
-    args, kwargs = form.fill(leaf for leaf in form.leaves if isinstance(leaf, Input))
-    try:
-        named = inspect.signature(forward).bind(None, *args, **kwargs).arguments
-    except TypeError:
-        named = {f"input {place}": leaf for place, leaf in enumerate(form.leaves)}
-    for name, value in named.items():
-        for leaf in pytree.tree_leaves(value):
-            if not _is_plain(leaf):
-                raise CaptureError(
-                    f"the argument {name!r} holds a {type(leaf).__module__}.{type(leaf).__qualname__}, and a "
-                    "symbolically captured graph would hold what is in it now for good: pass tensors, numbers, "
-                    "strings and containers of them, or let Dynamo follow the object (capture='dynamo' or 'auto')"
-                )
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, types.FunctionType):
-        return value.__closure__ is None and not value.__dict__
-    if isinstance(value, slice):
-        return all(map(_is_plain, (value.start, value.stop, value.step)))
-    if isinstance(value, (range, torch.Size)):
-        return True
-    if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_plain, value))
-    if is_dataclass(value) and not isinstance(value, type):
-        frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
-        return frozen and all(_is_plain(getattr(value, field.name)) for field in fields(value))
-    return isinstance(value, _PLAIN)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from mfx.capture.call import Call, Captured, Form, Run, call_form
+from mfx.capture.call import Call, Captured, Form, Run, call_form, refuse_objects
 from mfx.capture.frozen import (
     Guards,
     explain,
@@ -32,7 +32,6 @@ from mfx.capture.frozen import (
     modes_kept,
     refuse_assignments,
     refuse_frozen_draws,
-    refuse_objects,
     refuse_written_constants,
     remembered,
     restore,
