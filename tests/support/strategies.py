@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-DRAW_FUNCTIONS = False
-DRAW_NO_GRAD = False
-DRAW_AUTOCAST = False
-DRAW_OBJECTS = False
+DRAW_FUNCTIONS = True
+DRAW_NO_GRAD = True
+DRAW_AUTOCAST = True
+DRAW_OBJECTS = True
 DRAW_HOOKS = True
 DRAW_TIED = True
-DRAW_TIED_AFTERWARDS = False
+DRAW_TIED_AFTERWARDS = True
 """Which unusual things are drawn: custom functions, ``no_grad`` and autocast islands, objects as arguments, forward
 hooks, weights tied before the capture, and tied or untied after it.  Those switched off come out wrong today, without
 a word: an error or a warning would do."""
