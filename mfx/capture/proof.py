@@ -54,12 +54,13 @@ _now = threading.local()
 def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCapture, call: Call) -> bool:
     """Whether ``captured`` is proven for ``call``; False where a proof has to wait for another call.
 
-    That is where a compiler or a transform of functions records what runs, or parameters have no shape yet.
+    That is where a compiler or a transform of functions records what runs, or parameters are lazy or sharded.
 
     Raises:
         CaptureError: the graph does not run what ``forward`` runs; says where.
     """
-    lazy = any(map(is_lazy, (*root.parameters(), *root.buffers())))
+    # Lazy tensors have no shape yet; sharded ones are whole only while hooks run, and here none do.
+    lazy = any(is_lazy(p) or type(p).__name__ == "DTensor" for p in (*root.parameters(), *root.buffers()))
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if getattr(_now, "at_work", False) or lazy or traced or is_recording() or functions_are_transformed():
         return False
