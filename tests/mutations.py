@@ -67,7 +67,7 @@ MUTATIONS = (
              "    if velocity is None and chain.index and left is not None and left.shape == state.shape:\n"
              "        velocity = left\n"
              "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n"),
-    Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[5] else None", "None"),
+    Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[6] else None", "None"),
     # Which blocks, in which chains
     Mutation("the inner blocks on a tie", "plan/level.py", "-len(block.nodes), order", "len(block.nodes), order",
              "tests/plan"),
@@ -84,7 +84,7 @@ MUTATIONS = (
     Mutation("guards not checked", "capture/symbolic.py", "self.form.fits(call) and self.guards.hold(root)",
              "self.form.fits(call)", "tests/capture/test_calls.py"),
     Mutation("the grad mode of a capture not checked", "capture/symbolic.py",
-             "self.grad == torch.is_grad_enabled() and self.form", "self.form", "tests/capture/test_calls.py"),
+             "self.modes == Modes.current() and self.form", "self.form", "tests/capture/test_calls.py"),
     # The recomputation
     Mutation("generator not rewound", "run/recompute.py", "self.conditions.rewound(), ", "",
              "tests/run/test_recompute.py"),
@@ -105,10 +105,10 @@ MUTATIONS = (
     Mutation("moved parameters unnoticed", "run/recompute.py", "and _pointer(operand) != pointer:", "and False:",
              "tests/run/test_refused_backward.py"),
     Mutation("gradient of escapes dropped", "run/recompute.py",
-             "zip((value, *extra), (grad, *grad_extra), strict=True)", "zip((value,), (grad,), strict=True)"),
-    Mutation("gradient of taps dropped", "run/reversible.py",
-             "return None, None, None, None, grads[0], None, *grads[1:]",
-             "return None, None, None, None, grads[0], None, *[None for _ in grads[1:]]"),
+             "_gradients((value, *extra), (grad, *grad_extra), leaves", "_gradients((value,), (grad,), leaves"),
+    Mutation("gradient of escapes dropped where the chain ends", "run/closing.py",
+             "return None, None, None, None, grad_x, grad_v, None, *others",
+             "return None, None, None, None, grad_x, grad_v, None, *[None for _ in others]"),
     Mutation("snapshot of the state after its step", "run/reversible.py",
              "        x, v = setting.carry.advance(index, x, v, value)\n",
              "        x, v = setting.carry.advance(index, x, v, value)\n"
@@ -117,7 +117,7 @@ MUTATIONS = (
              "tests/run/test_reversible.py"),
     Mutation("exact arithmetic does not round", "rule/carry.py", "return _rounded(branch, per_v * (step",
              "return branch * (per_v * (step", "tests/rule"),
-    Mutation("double backward not refused", "run/reversible.py", "if torch.is_grad_enabled():", "if False:",
+    Mutation("double backward not refused", "run/closing.py", "if torch.is_grad_enabled():", "if False:",
              "tests/run/test_refused_backward.py"),
 )  # fmt: skip
 
