@@ -31,6 +31,7 @@ from mfx.capture import (
 )
 from mfx.capture.call import Form
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
+from mfx.capture.tracer import following
 from mfx.compile.inside import new_token
 from mfx.errors import CaptureError, HookWarning, MfxError, PlanChangedError
 from mfx.graph.notes import ADDED
@@ -141,7 +142,8 @@ class Momentum:
         call = Call(args, kwargs)
         if self.recorded is not None:
             self.recorded.append(call)
-            return self.function(root, *args, **kwargs)
+            with following(self):
+                return self.function(root, *args, **kwargs)
         if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
             raise CaptureError(
                 f"{self.original.__name__} is momentumized and cannot be traced symbolically: mfx.graph_of gives its "

@@ -70,6 +70,7 @@ def run_if_possible(network: nn.Module, model: Model) -> Result:
 @given(models())
 def test_gamma_0_is_the_original_model_in_both_modes_whichever_was_captured(model):  # M1, M5
     network = build(model)
+    run_if_possible(network, model)
     mm = momentumized(network, model, gamma=0.0)
     for training in (model.training, not model.training):
         set_mode(network, model, training)
