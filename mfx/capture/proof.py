@@ -36,7 +36,7 @@ from mfx.capture.tracer import following
 from mfx.capture.values import functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
-from mfx.graph.shapes import Fake, Interpreter, Real
+from mfx.graph.shapes import Fake, Interpreter, Real, asking
 from mfx.torch_versions import (
     FakeTensor,
     TorchDispatchMode,
@@ -89,9 +89,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
 def _fake(root: nn.Module, inputs: list[Any]) -> Fake:
     """A place for fake tensors, those that ask for a gradient asking there too."""
     place = Fake(root, inputs)
-    for given, fake in zip(inputs, place.tensors, strict=True):
-        if isinstance(given, torch.Tensor) and given.requires_grad:
-            fake.requires_grad_()
+    place.tensors = [asking(given, fake) for given, fake in zip(inputs, place.tensors, strict=True)]
     return place
 
 

@@ -78,6 +78,14 @@ class Fake:
         return total
 
 
+def asking(given: Any, twin: Any) -> Any:
+    """``twin``, asking for a gradient as ``given`` does; no leaf where that is none, since none may be written to."""
+    if not isinstance(given, torch.Tensor) or not given.requires_grad:
+        return twin
+    with torch.enable_grad():
+        return twin.requires_grad_() if given.is_leaf else twin.requires_grad_().clone()
+
+
 class Real(Fake):
     """The place where a model runs on real values: on copies, which are all that it writes to."""
 
@@ -87,8 +95,7 @@ class Real(Fake):
         self.given = tensors
 
     def _fake(self, tensor: Any) -> Any:
-        copied = isinstance(tensor, torch.Tensor)
-        return tensor.detach().clone().requires_grad_(tensor.requires_grad) if copied else tensor
+        return asking(tensor, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else tensor
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from graphs import net
 from helpers import assert_same, run
-from nets import ConvNet, Net, images, rows
+from nets import Block, ConvNet, Net, images, rows
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -296,3 +296,16 @@ def test_what_a_model_collects_is_collected_once_a_call():
         assert len(model.features) == count
         assert type(model.features[-1]) is torch.Tensor
         torch.testing.assert_close(model.features[-1], y.detach())
+
+
+class WritesFirst(Block):
+    """x += f(x), the first thing that its stack does."""
+
+    def forward(self, x):
+        x += self.norm(torch.tanh(x))  # tanh keeps its value, so x may be written to
+        return x
+
+
+def test_a_part_that_writes_to_what_it_is_given_is_proven_as_the_model_calls_it():
+    model, x = Net(block=WritesFirst), rows()
+    assert_same(run(mfx.momentumize(model, 0.0), x), run(model, x))
