@@ -113,6 +113,8 @@ def test_another_class_of_a_module_is_seen(gamma: float) -> None:
     mm(rows())
     mm.blocks[2].up.__class__ = Sine
     right(mm, gamma)
+    mm.blocks[1].__class__ = Doubled  # of a module that the trace entered
+    right(mm, gamma)
 
 
 class Tied(Block):
