@@ -24,7 +24,7 @@ from mfx.errors import (
 from mfx.memory import kept_bytes
 from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
 from mfx.momentumnet import MomentumNet, transform_to_momentumnet
-from mfx.view import ChainVerification, Report, Verification, report, verify
+from mfx.view import ChainVerification, Fit, Report, Verification, fit, report, verify
 
 __version__ = _version("mfx")
 
@@ -39,6 +39,7 @@ __all__ = [
     "CompiledStoredWarning",
     "DriftWarning",
     "EntryError",
+    "Fit",
     "GammaSchedule",
     "HookWarning",
     "InputTypeError",
@@ -56,6 +57,7 @@ __all__ = [
     "backend",
     "chains",
     "drift",
+    "fit",
     "graph_of",
     "kept_bytes",
     "momentumize",

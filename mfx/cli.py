@@ -1,4 +1,4 @@
-"""The command line: ``mfx report`` and ``mfx verify`` for a model that can be named.
+"""The command line: ``mfx report``, ``mfx fit`` and ``mfx verify`` for a model that can be named.
 
 A model is ``torchvision:NAME`` or ``package.module:callable``, the callable giving a module when called without
 arguments.  Each ``--input`` is a shape with an optional dtype and, for integers, an upper bound:
@@ -8,6 +8,7 @@ arguments.  Each ``--input`` is a shape with an optional dtype and, for integers
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -16,10 +17,12 @@ import sys
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 
-from mfx.errors import InputTypeError, MfxError, OptionError
-from mfx.view import report, verify
+from mfx.errors import InputTypeError, MfxError, OptionError, TooLittleError
+from mfx.memory import format_bytes
+from mfx.view import Fit, fit, report, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
             _verify,
             "against the original at gamma = 0, reversible against stored, and memory, on random inputs",
         ),
+        ("fit", _fit, "the largest batch, or sequence, whose training step fits a memory, as foreseen"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)
@@ -58,18 +62,70 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--include", action="append", metavar="PATTERN")
         command.add_argument("--exclude", action="append", metavar="PATTERN")
         command.add_argument("--modules", action="append", metavar="PATTERN")
+        command.add_argument(
+            "--activation-budget", type=_budget, metavar="BYTES", help="such as 8GB, or a fraction of plain backprop's"
+        )
         command.add_argument("--dtype", default="float32", help="of the model and its floating inputs")
         command.add_argument("--eval", action="store_true", help="in eval mode instead of train mode")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        if run is not _verify:
+            command.add_argument("--optimizer", metavar="NAME", help="count its state too: a class of torch.optim")
+        if run is _fit:
+            command.add_argument("--memory", required=True, metavar="BYTES", help="what there is, such as 8GB")
+            command.add_argument("--dim", type=int, default=0, help="the dimension that varies; 0, the batch")
     return parser
 
 
 def _report(options: argparse.Namespace) -> int:
     model = _model(options)
     inputs = tuple(_input(text, options.dtype, "meta") for text in options.input)
-    _show(report(model, inputs or None, **_choices(options)), options)
+    _show(report(model, inputs or None, optimizer=options.optimizer, **_choices(options)), options)
     return 0
+
+
+_BUDGETS = (1.0, None, 0.5, 0.0)
+"""Those that ``mfx fit`` compares where none is named."""
+
+
+def _fit(options: argparse.Namespace) -> int:
+    if not options.input:
+        raise OptionError("fit foresees a step, so it needs --input, such as --input 8,3,224,224")
+    model, choices = _model(options), _choices(options)
+    inputs = tuple(_input(text, options.dtype, "meta") for text in options.input)
+    given = {"dim": options.dim, "optimizer": options.optimizer}
+    if options.activation_budget is not None:
+        _show(fit(model, inputs, _size(options.memory), **given, **choices), options)
+        return 0
+    found: list[Fit] = []
+    refused: TooLittleError | None = None
+    for budget in _BUDGETS:
+        try:
+            found.append(fit(model, inputs, _size(options.memory), **given, **{**choices, "activation_budget": budget}))
+        except TooLittleError as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
+    print(json.dumps([one.to_dict() for one in found], indent=2) if options.json else _compared(found))
+    return 0
+
+
+def _compared(found: list[Fit]) -> str:
+    """A row for each budget that something fits."""
+    rows = [
+        (
+            "none, chains reversed" if one.activation_budget is None else one.activation_budget,
+            one.size,
+            format_bytes(one.bytes),
+            format_bytes(one.step.activations or 0),
+            one.limit if one.next_bytes is None else format_bytes(one.next_bytes),
+        )
+        for one in found
+    ]
+    headers = ["activation budget", "largest size", "a step needs", "of it activations", "the next size would need"]
+    return f"{found[0].model}, in dimension {found[0].dim}, within {format_bytes(found[0].memory)}:\n\n" + tabulate(
+        rows, headers=headers, disable_numparse=True
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -85,8 +141,24 @@ def _show(result: Any, options: argparse.Namespace) -> None:
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
 
+_CHOICES = ("gamma", "include", "exclude", "modules", "activation_budget")
+
+
+def _size(text: str) -> int | str:
+    """A size as it is typed: 123456 are bytes, 8GB a text."""
+    return int(text) if text.isdecimal() else text
+
+
+def _budget(text: str) -> int | float | str:
+    """A budget as it is typed: 123456 are bytes, 0.5 is a fraction, 8GB a text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def _choices(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("gamma", "include", "exclude", "modules")}
+    return {name: getattr(options, name) for name in _CHOICES}
 
 
 def _model(options: argparse.Namespace) -> nn.Module:

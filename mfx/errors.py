@@ -18,6 +18,10 @@ class OptionError(MfxError, ValueError):
     """An argument has a value that cannot be used."""
 
 
+class TooLittleError(OptionError):
+    """Less memory is allowed than the least that is possible."""
+
+
 class InputTypeError(MfxError, TypeError):
     """An argument is of a type that cannot be used."""
 
@@ -88,6 +92,7 @@ class Reason(enum.Enum):
     EXCLUDED = "excluded by the include / exclude patterns"
     NO_GAMMA = "no gamma given"
     STORED_ON_REQUEST = "reversible=False"
+    WITHIN_BUDGET = "the activation budget allows it"
     UNREPEATABLE = "{node} may draw random numbers that a compiler cannot draw a second time in backward"
 
     def text(self, node: object = None) -> str:

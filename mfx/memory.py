@@ -88,14 +88,14 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
             storage = _storage(held.tensor)
             if storage not in seen:
                 seen.add(storage)
-                size = held.tensor.untyped_storage().nbytes()
+                size = values_of(held.tensor).untyped_storage().nbytes()
                 sizes[held.owner] = sizes.get(held.owner, 0) + size
         return sizes
 
     def total(self, also: Iterable[torch.Tensor] = ()) -> int:
         """Bytes kept in all; with those of the tensors ``also`` that are not among them."""
         seen = self._apart | {_storage(held.tensor) for held in self._held}
-        others = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in also}
+        others = {_storage(tensor): values_of(tensor).untyped_storage().nbytes() for tensor in also}
         return sum(self.by_owner().values()) + sum(size for storage, size in others.items() if storage not in seen)
 
 
@@ -142,16 +142,34 @@ def step_bytes(
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Collect garbage, and leave what is there out of further collections, which then take next to no time."""
+    """Collect garbage, and leave what is there out of further collections."""
     gc.collect()
-    if gc.get_freeze_count():
+    with only_new_garbage():
+        yield
+
+
+class _Frozen:
+    """Who has what is there left out of collections."""
+
+    by_us = False
+    by_others = False
+
+
+@contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Let :func:`gc.collect` look at what is made meanwhile only: of all objects of a process it takes long."""
+    # To count them takes long too, where there are many: once is enough.  Theirs must not end here.
+    _Frozen.by_others = _Frozen.by_others or (not _Frozen.by_us and gc.get_freeze_count() > 0)
+    if _Frozen.by_us or _Frozen.by_others:
         yield
         return
+    _Frozen.by_us = True
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        _Frozen.by_us = False
 
 
 def allocated_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -212,7 +230,17 @@ def _heap() -> Callable[[], int] | None:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return values_of(tensor).untyped_storage()._cdata
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the one that all values of a jagged tensor lie in."""
+    return tensor.values() if tensor.is_nested and tensor.layout == torch.jagged else tensor
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """The shape of that, without asking autograd; nor may a tensor of a transform be touched where it does not run."""
+    return values_of(tensor.detach()).shape if tensor.is_nested else tensor.shape
 
 
 def format_bytes(size: int) -> str:

@@ -1,6 +1,6 @@
 """Pipeline: the one way through the house, for every door.
 
-    capture -> find -> plan -> rewrite
+    capture -> find -> plan (-> budget) -> rewrite
 
 Each step takes a value and gives one.  A door (symbolic or Dynamo capture, a model inside ``torch.compile``, a backend
 of it) brings a graph with its notes and the form that it is in (:mod:`mfx.rewrite.binding`); the rest is here.
@@ -8,18 +8,20 @@ of it) brings a graph with its notes and the form that it is in (:mod:`mfx.rewri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx, nn
 
+from mfx.budget import within, without_budget
 from mfx.capture import named_modules
-from mfx.errors import OptionError
+from mfx.errors import OptionError, PlanChangedError
 from mfx.find import Found, find
 from mfx.find.named import own_add
 from mfx.options import Options
 from mfx.plan import Plan, plan, with_options
-from mfx.rewrite import Binding, Rewritten, rewrite, with_rules
+from mfx.rewrite import Binding, ByRoot, Rewritten, rewrite, with_rules
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Place:
 
 WHOLE = Place()
 """The model itself."""
+BY_ROOT = ByRoot()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +51,19 @@ class Passed:
     rewritten: Rewritten
 
     def with_options(self, options: Options) -> Passed:
-        """The same with the gammas of ``options``."""
+        """The same with the gammas of ``options``; without what a budget chose, if that was for gamma = 0 or is now."""
         planned = with_options(self.plan, options)
+        if any(chain.plain != chain.at_0 for chain in planned.chains) and planned.forecast is not None:
+            planned = without_budget(planned)
+            return replace(self, plan=planned, rewritten=rewrite(self.found, planned, ByRoot()))
         return replace(self, plan=planned, rewritten=with_rules(self.rewritten, planned))
+
+    def within(self, root: nn.Module, inputs: Sequence[Any], binding: Binding = BY_ROOT) -> Passed:
+        """The same within the budget of its options, for some inputs; ``binding`` is the one that it has."""
+        budget = self.plan.options.activation_budget
+        assert budget is not None
+        planned = within(self.found, self.plan, binding.measured(), root, inputs, budget)
+        return replace(self, plan=planned, rewritten=rewrite(self.found, planned, binding))
 
 
 def momentumize_graph(
@@ -102,3 +115,26 @@ def _require_named(model: nn.Module, found: Found, planned: Plan) -> None:
                 f"{type(model).__name__}.forward itself adds x to the value of {own.name}, so it is a branch and not a "
                 "whole block: pass is_residual=True"
             )
+
+
+def refuse_other_places(before: Mapping[str, tuple[str, ...]], now: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a capture in which a residual add (by name) is in another chain than in the first, or in none.
+
+    Raises:
+        PlanChangedError: the model would compute another function.
+    """
+    for name in sorted(before, key=lambda name: bool(now.get(name))):
+        first, here = before[name], now.get(name)
+        if first != here and (first or here):
+            raise PlanChangedError(
+                f"captured for this call or mode, block {name!r} is {_place(here)}; at first it was "
+                f"{_place(first)}. The model would compute another function: exclude these blocks, or "
+                "momentumize it in the mode and with the arguments you use (and without checkpointing that hides "
+                "its blocks)"
+            )
+
+
+def _place(chain: tuple[str, ...] | None) -> str:
+    if chain is None:
+        return "not there"
+    return f"in the chain {list(chain)}" if chain else "kept as it is"

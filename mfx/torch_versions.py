@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 try:
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -55,6 +57,10 @@ __all__ = [
     "NormBase",
     "OpOverload",
     "TorchDispatchMode",
+    "backward_number",
+    "children_of",
+    "convolution_kernel",
+    "current_node",
     "dynamo",
     "forward_derivative_is_on",
     "functions_are_transformed",
@@ -66,6 +72,9 @@ __all__ = [
     "safe_softmax",
     "source_name",
     "source_of",
+    "tag_activation_checkpoint",
+    "when_backward_ends",
+    "will_run",
     "without_modes",
 ]
 
@@ -102,6 +111,11 @@ def dynamo() -> Any:
             )
         found[name] = getattr(module, name)
     return SimpleNamespace(**found)
+
+
+def children_of(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """The branches of a tree: an attribute in torch 2.11, and a method later."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs
 
 
 def source_name(source: Any) -> str:
@@ -149,6 +163,52 @@ def keeping_version(tensors: tuple[torch.Tensor, ...]) -> contextlib.AbstractCon
     return torch.autograd._unsafe_preserve_version_counter(tensors)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def will_run(leaf: torch.Tensor) -> bool:
+    """While a backward runs: whether it will come to this leaf of its graph.
+
+    A backward that is asked for the gradients of some tensors comes to nothing else.
+    Source: torch/csrc/autograd/init.cpp, THPModule_willEngineExecuteNode.
+    """
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
+
+
+def current_node() -> Any:
+    """The autograd node whose backward runs now; None outside of one."""
+    return torch._C._current_autograd_node()
+
+
+def backward_number() -> int:
+    """Which backward runs."""
+    return torch._C._current_graph_task_id()
+
+
+def when_backward_ends(call: Callable[[], Any]) -> None:
+    """While a backward runs: call this at its end, if it ends well."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+
+
 def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension that gives 0 where everything is masked."""
     return torch._safe_softmax(scores, -1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def convolution_kernel(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> str:
+    """The kernel that torch would take for a convolution of such tensors on the CPU: "Mkldnn", "Slow2d" ...
+
+    Fake tensors do; "" for one that torch has no name for in Python (transposed ones of oneDNN).
+    """
+    with without_modes():
+        # One element each, so that no size takes memory.
+        twins = [torch.empty((), dtype=tensor.dtype).expand(tensor.shape) for tensor in (x, w)]
+        how = (stride, padding, dilation, transposed, output_padding, groups)
+        kernel = torch._C._select_conv_backend(twins[0], twins[1], None, *how)
+    return getattr(kernel, "name", "").strip("?")

@@ -23,6 +23,9 @@ class Block(nn.Linear):
 def build():
     return nn.Sequential(Block(4, 4), Block(4, 4), nn.Linear(4, 2))
 
+def deep():
+    return nn.Sequential(*(Block(4, 4) for _ in range(24)))
+
 def words():
     class Words(nn.Module):
         def __init__(self):
@@ -66,9 +69,43 @@ def test_verify_runs_the_model_and_says_ok(models: Path, capsys: pytest.CaptureF
     assert "ok" in printed
 
 
+def test_fit_compares_budgets_where_none_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "toy_models:words", "--input", "5,3:int64:11", "--memory", "1MB", "--optimizer", "adam"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Words, in dimension 0, within 976.6 KiB" in printed
+    assert [line.split("  ")[0] for line in printed.splitlines()[4:]] == ["1.0", "none, chains reversed", "0.5", "0.0"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["activation_budget"] for one in found] == [1.0, None, 0.5, 0.0]
+    assert all(one["bytes"] <= 1_000_000 < one["next_bytes"] for one in found)
+    longer = ["--dim", "1", "--activation-budget", "0.0"]
+    assert main([*arguments, *longer, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dim"], found["activation_budget"]) == (1, 0.0)
+    assert main([*arguments, *longer]) == 0
+    assert f"Words: {found['size']} in dimension 1 is the most that fits" in capsys.readouterr().out
+
+
+def test_budgets_that_nothing_fits_are_left_out(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["toy_models:deep", "--input", "1,1000,4", "--json"]
+    needs = []
+    for budget in ("0.0", "1.0"):
+        assert main(["report", *arguments, "--activation-budget", budget]) == 0
+        needs.append(json.loads(capsys.readouterr().out)["step"]["total"])
+    assert main(["fit", *arguments, "--memory", str(needs[1] - 1)]) == 0
+    budgets = [one["activation_budget"] for one in json.loads(capsys.readouterr().out)]
+    assert budgets == [None, 0.5, 0.0]
+    assert main(["fit", *arguments, "--memory", str(needs[0] // 2)]) == 2
+    assert "is too little: a step of size 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["fit", "toy_models:build", "--memory", "1GB"], "needs --input"),
+        (["fit", "toy_models:build", "--input", "5,4", "--memory", "much"], "memory='much' cannot be read"),
+        (["fit", "toy_models:build", "--input", "5,4", "--memory", "1GB", "--dim", "2"], "dim=2: no input has"),
         (["report", "toy_models:build", "--gamma", "1.5"], "gamma=1.5"),
         (["report", "toy_models"], "neither torchvision:NAME nor package.module:callable"),
         (["report", "toy_models:missing"], "cannot make a model of toy_models:missing"),

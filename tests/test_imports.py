@@ -18,6 +18,7 @@ ROWS = (
     {"capture", "find", "run"},
     {"plan"},
     {"rewrite"},
+    {"budget"},
     {"pipeline"},
     {"compile"},
     {"model"},
@@ -110,6 +111,7 @@ def test_only_rewriting_and_capturing_build_graphs():
         "rewrite/binding.py",
         "rewrite/rewriter.py",
         "rewrite/specs.py",
+        "rewrite/traced.py",
         "rewrite/switches.py",
     }
 

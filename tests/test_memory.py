@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mfx
 from mfx import memory
-from mfx.memory import StepBytes, allocated_bytes, kept_bytes, peak_bytes, settled, step_bytes
+from mfx.memory import KeptBytes, StepBytes, allocated_bytes, kept_bytes, peak_bytes, settled, step_bytes
 
 NOISE = 1 << 14
 """Bytes that freed blocks and nodes of autograd may differ by from step to step."""
@@ -200,6 +200,14 @@ def test_counting_what_is_kept_keeps_nothing():
     model, x = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()), torch.randn(1024, 64)
     sizes = [step_bytes(lambda: kept_bytes(model, [x], lambda: model(x)), lambda found: None) for _ in range(4)]
     assert all(size is not None and size.after_backward <= NOISE for size in sizes[1:])
+
+
+def test_what_a_jagged_tensor_keeps_are_its_values():
+    x = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)], layout=torch.jagged).requires_grad_()
+    with KeptBytes([x]) as kept:
+        y = (x * 2).exp()
+    assert kept.total() == 5 * 4 * 4  # exp keeps its result
+    assert kept.total([y]) == 5 * 4 * 4
 
 
 def test_where_the_allocator_cannot_be_asked_nothing_is_said(monkeypatch):

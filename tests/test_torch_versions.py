@@ -16,8 +16,13 @@ PACKAGE = Path(mfx.__file__).parent
 NAMES = {
     "torch._C._TorchDispatchModeKey",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._current_autograd_node",
+    "torch._C._current_graph_task_id",
     "torch._C._get_dispatch_mode",
+    "torch._C._select_conv_backend",
+    "torch._C._will_engine_execute_node",
     "torch._dynamo.comptime.comptime",
+    "torch._higher_order_ops.wrap.tag_activation_checkpoint",
     "torch._ops.HigherOrderOperator",
     "torch._ops.OpOverload",
     "torch._safe_softmax",
@@ -26,6 +31,7 @@ NAMES = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._subclasses.functional_tensor.FunctionalTensor",
+    "torch.autograd.Variable._execution_engine.queue_callback",
     "torch.autograd._unsafe_preserve_version_counter",
     "torch.autograd.forward_ad._current_level",
     "torch.backends.mha._is_fastpath_enabled",
@@ -86,6 +92,35 @@ def test_this_torch_has_it(name):
 @pytest.mark.parametrize("name", sorted(torch_versions.DYNAMO))
 def test_this_dynamo_has_it(name):
     assert getattr(torch_versions.dynamo(), name) is not None
+
+
+class Asks(torch.autograd.Function):
+    """x as it is; notes in backward whether a leaf that is an operand beside it will be run, and that it ends."""
+
+    @staticmethod
+    def forward(ctx, leaf, x, notes):
+        ctx.leaf, ctx.notes = leaf, notes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.notes.append((torch_versions.will_run(ctx.leaf), torch_versions.backward_number()))
+        torch_versions.when_backward_ends(lambda: ctx.notes.append("end"))
+        return None, grad, None
+
+
+def test_a_backward_that_is_asked_for_gradients_comes_to_nothing_else():
+    leaf, weight, notes = torch.empty(0, requires_grad=True), torch.ones(3, requires_grad=True), []
+    inner = weight * 2
+    loss = Asks.apply(leaf, inner, notes).sum()
+    loss.backward(retain_graph=True)
+    loss.backward(inputs=[weight], retain_graph=True)
+    torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.autograd.grad(loss, inner)
+    assert notes[1::2] == ["end"] * 4
+    assert [asked for asked, _ in notes[::2]] == [True, False, False, False]
+    assert len({number for _, number in notes[::2]}) == 4
+    assert leaf.grad is None
 
 
 def test_a_name_that_is_gone_is_an_error_that_names_it(monkeypatch):

@@ -11,16 +11,18 @@ import enum
 import inspect
 import numbers
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from mfx.errors import CaptureError, InputTypeError
-from mfx.torch_versions import pytree
+from mfx.torch_versions import children_of, pytree
 
 
 class Input:
@@ -217,19 +219,69 @@ _PLAIN = (*_PLAIN, torch.memory_format, torch.Generator, enum.Enum, type, types.
 
 def refuse_objects(forward: Any, form: Form) -> None:
     """An object among the arguments may hold other tensors the next time, and a graph would hold the first ones."""
-    args, kwargs = form.fill(leaf for leaf in form.leaves if isinstance(leaf, Input))
-    try:
-        named = inspect.signature(forward).bind(None, *args, **kwargs).arguments
-    except TypeError:
-        named = {f"input {place}": leaf for place, leaf in enumerate(form.leaves)}
-    for name, value in named.items():
-        for leaf in pytree.tree_leaves(value):
+    for name, spec, leaves in _arguments(forward, form.leaves, form.spec):
+        if _holds(spec, PackedSequence):
+            raise CaptureError(
+                f"the argument {name!r} is, or holds, a torch.nn.utils.rnn.PackedSequence, which looks at its values "
+                "when it is made, and a symbolically captured graph has none: let Dynamo follow it (capture='dynamo' "
+                "or 'auto', with example_inputs=), or momentumize the part that its packed.data goes through"
+            )
+        for leaf in leaves:
             if not _is_plain(leaf):
                 raise CaptureError(
                     f"the argument {name!r} holds a {type(leaf).__module__}.{type(leaf).__qualname__}, and a "
                     "symbolically captured graph would hold what is in it now for good: pass tensors, numbers, "
                     "strings and containers of them, or let Dynamo follow the object (capture='dynamo' or 'auto')"
                 )
+
+
+def refuse_strided(forward: Any, call: Call) -> None:
+    """A nested tensor of the older layout has no shape that could be asked for."""
+    if not any(tensor.is_nested and tensor.layout != torch.jagged for tensor in call.tensors):
+        return
+    for name, _, leaves in _arguments(forward, call.leaves, call.spec):
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.is_nested and leaf.layout != torch.jagged:
+                raise InputTypeError(
+                    f"the argument {name!r} holds a nested tensor of layout {leaf.layout}, which torch's own captures "
+                    "cannot follow: make it with layout=torch.jagged, or pad it (torch.nested.to_padded_tensor)"
+                )
+
+
+Argument = tuple[pytree.TreeSpec, list[Any]]
+"""The tree of an argument and the leaves in it."""
+
+
+def _arguments(
+    forward: Any, leaves: Iterable[Any], spec: pytree.TreeSpec
+) -> Iterator[tuple[str, pytree.TreeSpec, list[Any]]]:
+    """Each argument by name.  No container is built: a constructor may look at the values."""
+    given = iter(leaves)
+
+    def taken(branch: pytree.TreeSpec) -> list[Argument]:
+        return [(child, list(islice(given, child.num_leaves))) for child in children_of(branch)]
+
+    positional, keyed = children_of(spec)
+    args, kwargs = taken(positional), dict(zip(keyed.context, taken(keyed), strict=True))
+    try:
+        bound = inspect.signature(forward).bind(None, *args, **kwargs)
+    except TypeError:
+        yield from ((f"input {place}", *value) for place, value in enumerate((*args, *kwargs.values())))
+        return
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    for name, value in list(bound.arguments.items())[1:]:
+        if kinds[name] is inspect.Parameter.VAR_POSITIONAL:
+            yield from ((name, *each) for each in value)
+        elif kinds[name] is inspect.Parameter.VAR_KEYWORD:
+            yield from ((key, *each) for key, each in value.items())
+        else:
+            yield (name, *value)
+
+
+def _holds(spec: pytree.TreeSpec, container: type) -> bool:
+    """Whether a container of this class is in a tree."""
+    inside = not spec.is_leaf() and any(_holds(child, container) for child in children_of(spec))
+    return inside or spec.context is container
 
 
 def _is_plain(value: Any) -> bool:

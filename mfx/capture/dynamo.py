@@ -44,6 +44,14 @@ from mfx.torch_versions import dynamo, source_name, source_of
 _LOGGING = "debug info warning warn error log critical exception warning_once info_once warning_advice".split()
 
 
+class _Capturing:
+    on = False
+
+
+capturing = _Capturing()
+"""``on`` while Dynamo captures here, or looks whether a capture holds: Python that it follows may ask."""
+
+
 @dataclass(frozen=True, eq=False)
 class DynamoCapture:
     """A model's computation for the calls that its guards let through; a :class:`mfx.capture.call.Captured`.
@@ -220,13 +228,15 @@ def _ask(graph: fx.Graph, reader: fx.Node, source: fx.Node, kinds: dict[fx.Node,
 
 @contextlib.contextmanager
 def _slow_path() -> Iterator[None]:
-    """Attention as its parts, whether gradients are on or off."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Attention as its parts, whether gradients are on or off; and :data:`capturing` on."""
+    before, outer = torch.backends.mha.get_fastpath_enabled(), capturing.on
     torch.backends.mha.set_fastpath_enabled(False)
+    capturing.on = True
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        capturing.on = outer
 
 
 def _settings() -> Any:

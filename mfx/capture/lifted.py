@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from mfx.graph.notes import DTYPE, DTYPE_KEPT, FRAMES, LIFTED, MODES, RETURNED, SCOPE, SHAPE, Modes, Scope
 from mfx.graph.operations import is_ambient, name_of
+from mfx.memory import shape_of
 from mfx.torch_versions import dynamo, is_lifted_number, source_name, source_of
 
 _FRAME = re.compile(r'File "([^"]+)", line \d+, in (\w+)')
@@ -58,7 +59,7 @@ def note_shape(node: fx.Node) -> None:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return
-    node.meta[SHAPE] = tuple(_size(size) for size in value.shape)
+    node.meta[SHAPE] = tuple(_size(size) for size in shape_of(value))
     node.meta[DTYPE] = value.dtype
     if node.op == "call_method" and node.target in ("to", "type_as", "float", "double", "half", "bfloat16"):
         source = node.all_input_nodes[0].meta.get("example_value")

@@ -203,7 +203,7 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question (device, layout), no operation
+        if func.namespace == "prim" or str(func).startswith("aten.sym_"):  # a question (device, size), no operation
             return func(*args, **kwargs)
         operands = [self.operand(value) for value in pytree.tree_leaves((args, kwargs))]
         draws = torch.Tag.nondeterministic_seeded in func.tags

@@ -14,8 +14,9 @@ Known limits: see :mod:`mfx.capture.tracer` and :mod:`mfx.capture.frozen`.
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -39,9 +40,10 @@ from mfx.capture.frozen import (
 from mfx.capture.tracer import Constant, Tracer
 from mfx.capture.values import Applied, contents_kept
 from mfx.errors import CaptureError
-from mfx.graph.notes import MODES, Modes
+from mfx.graph.notes import MODES, SCOPE, Modes
 from mfx.graph.shapes import propagate_shapes
 from mfx.graph.splice import drop_dead
+from mfx.memory import only_new_garbage
 from mfx.torch_versions import pytree
 
 Named = Mapping[int, str]
@@ -86,7 +88,11 @@ class SymbolicCapture:
 
 
 def capture_symbolic(
-    model: nn.Module, forward: Any, form: Form, named: Named = MappingProxyType({})
+    model: nn.Module,
+    forward: Any,
+    form: Form,
+    named: Named = MappingProxyType({}),
+    held: Callable[[], Iterable[Any]] = tuple,
 ) -> SymbolicCapture:
     """Trace ``forward(model, ...)`` for calls of ``form``.
 
@@ -95,6 +101,7 @@ def capture_symbolic(
         forward: the function.
         form: of the calls.
         named: modules whose calls are left as one node and marked.
+        held: gives the values that the caller has noted by then.
 
     Raises:
         CaptureError: the model's Python cannot be followed; says where and why.
@@ -109,7 +116,9 @@ def capture_symbolic(
 
     refuse_objects(forward, form)
     tracer = Tracer(entry, _argument_names(forward, form), form.kinds(), named)
-    graph = _trace(tracer, model)
+    with only_new_garbage():
+        graph = _trace(tracer, model)
+        _refuse_left(tracer, model, held)
     drop_dead(graph, model)
     graph.lint()
     entered = tuple((path, module) for path, module in tracer.entered.items() if path)
@@ -176,6 +185,21 @@ def _trace(tracer: Tracer, model: nn.Module) -> fx.Graph:
         raise explain(error, tracer, model) from error
     finally:
         restore(before)
+
+
+def _refuse_left(tracer: Tracer, model: nn.Module, held: Callable[[], Iterable[Any]]) -> None:
+    """Refuse what the model's Python keeps elsewhere than in its modules: the graph would not."""
+    if tracer.left(held()) is None:
+        return
+    gc.collect()  # torch's own ``a, b = value`` leaves a cycle
+    node = tracer.left(held())
+    if node is not None:
+        raise CaptureError(
+            f"the forward of {type(model).__name__}, or of a module in it, keeps {node.name!r} (of module "
+            f"{node.meta[SCOPE].path or '(root)'!r}) in a global, a closure or an object outside of the model, which a "
+            "captured graph would not repeat: return the value instead, or keep it as an attribute of a module that is "
+            "taken whole with modules="
+        )
 
 
 def _argument_names(forward: Any, form: Form) -> list[str]:

@@ -26,8 +26,9 @@ import functools
 import inspect
 import operator
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -40,6 +41,7 @@ from mfx.errors import CaptureError
 from mfx.graph import operations
 from mfx.graph.draws import RANDOM
 from mfx.graph.notes import FRAMES, LIFTED, MODES, NUMBER, RETURNED, SCOPE, STATE, Modes, Scope, mark_call
+from mfx.torch_versions import pytree
 
 _FACTORIES = (
     "arange linspace logspace zeros ones full empty eye tensor as_tensor scalar_tensor tril_indices "
@@ -89,6 +91,11 @@ def is_followed() -> bool:
     return bool(_followed)
 
 
+def follower() -> object:
+    """Who follows it; None where nobody does."""
+    return _followed[-1] if _followed else None
+
+
 class Tracer(fx.Tracer):
     """Traces ``forward(root, *proxies)``; modules in ``named`` (path by id) are taken whole.
 
@@ -113,6 +120,7 @@ class Tracer(fx.Tracer):
         self.momentumized: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._numbers = count()
         self._constants: dict[int, Constant] = {}
+        self._values: list[weakref.ref[_Value]] = []
         self._paths: dict[int, str] = {}
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
@@ -176,7 +184,15 @@ class Tracer(fx.Tracer):
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        value = _Value(node, self)
+        self._values.append(weakref.ref(value))
+        return value
+
+    def left(self, held: Iterable[Any]) -> fx.Node | None:
+        """The node of a symbolic value that somebody holds beside ``held`` and arguments of momentumized modules."""
+        known = {id(leaf) for call in (*self.momentumized.values(), held) for leaf in pytree.tree_leaves(call)}
+        values = (reference() for reference in self._values)
+        return next((value.node for value in values if value is not None and id(value) not in known), None)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._paths:
@@ -250,15 +266,16 @@ def _mark_returned(value: Any, scope: Scope) -> None:
 @contextlib.contextmanager
 def _symbolic_factories(tracer: Tracer) -> Iterator[None]:
     """Let torch's factory functions record themselves while ``tracer`` is at work."""
-    originals = {name: getattr(torch, name) for name in _FACTORIES + _RANDOM_FACTORIES}
-    for name, original in originals.items():
-        always = name in _RANDOM_FACTORIES
-        setattr(torch, name, _recording(tracer, original, always))
+    places: list[tuple[Any, str]] = [(torch, name) for name in _FACTORIES + _RANDOM_FACTORIES]
+    places.append((torch.nested, "nested_tensor_from_jagged"))  # itself refuses to be traced
+    originals = [(place, name, getattr(place, name)) for place, name in places]
+    for place, name, original in originals:
+        setattr(place, name, _recording(tracer, original, always=name in _RANDOM_FACTORIES))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for place, name, original in originals:
+            setattr(place, name, original)
 
 
 def _recording(tracer: Tracer, original: Callable[..., Any], always: bool) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from torch import fx
 
 from mfx.capture.lifted import prepare
 from mfx.compile.breaks import refuse_parts
+from mfx.compile.stand_ins import stand_ins
 from mfx.compile.stored import warn_of_stored
 from mfx.errors import InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.options import Gamma, Options, make_options
@@ -50,7 +51,7 @@ class Backend:
         if not self.graph_breaks:
             refuse_parts(gm)
         passed = rewrite_graph(gm, example_inputs, self.options)
-        if not passed.plan.chains:
+        if not passed.plan.chains and not passed.plan.segments:
             reasons = sorted({row.text for row in passed.plan.rejections})
             why = "; ".join(reasons[:3]) if reasons else "it has no residual add"
             warnings.warn(
@@ -58,7 +59,7 @@ class Backend:
                 NothingRewrittenWarning,
                 stacklevel=2,
             )
-        module = passed.rewritten.run if passed.plan.chains else gm
+        module = passed.rewritten.run if passed.plan.chains or passed.plan.segments else gm
         return _inner(self.inner)(module, list(example_inputs), **kwargs)
 
 
@@ -72,7 +73,7 @@ def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool
         graph_breaks: a model that Dynamo breaks into several graphs is refused, since each part's chains start with
             a velocity of their own, so that the function would depend on the breaks.  True accepts that.
         **options: ``include``, ``exclude``, ``velocity`` (``"zero"`` or ``"first"``), ``reversible``,
-            ``state_dtype``, ``tolerance``, as for :func:`mfx.momentumize`.
+            ``state_dtype``, ``tolerance``, ``activation_budget``, as for :func:`mfx.momentumize`.
 
     Returns:
         What ``torch.compile`` takes as ``backend=``.
@@ -114,8 +115,11 @@ def entry_point(
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Passed:
     """Rewrite a graph that Dynamo handed over; ``gm`` keeps its nodes, which get their notes."""
     prepare(gm, example_inputs)
-    passed = momentumize_graph(gm.graph, gm, options, Lifted(gm))
-    warn_of_stored(passed.plan)
+    binding = Lifted(gm)
+    passed = momentumize_graph(gm.graph, gm, options, binding)
+    if options.activation_budget is not None:
+        passed = passed.within(gm, stand_ins(gm.graph, example_inputs), binding)
+    warn_of_stored(passed)
     return passed
 
 

@@ -28,8 +28,9 @@ from mfx.capture import named_modules
 from mfx.capture.dynamo import pass_by_masks
 from mfx.capture.lifted import kind_of, mark, note_modes, note_shape
 from mfx.capture.named import MODULES, teach
+from mfx.compile.stand_ins import stand_ins
 from mfx.compile.stored import warn_of_stored
-from mfx.errors import CompileError, PlanChangedError
+from mfx.errors import CompileError, EntryError, PlanChangedError
 from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.options import Options
@@ -85,6 +86,10 @@ class _Regions:
     open: _Region | None = None
 
 
+_outer: list[bool] = []
+"""Whether attention's fast path was on before the region that Dynamo is in, or broke."""
+
+
 def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Dynamo's way through a momentumized model; runs under Dynamo only.
 
@@ -113,6 +118,32 @@ def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], ar
     comptime(_leave)
     torch.backends.mha._is_fastpath_enabled = before
     return value
+
+
+def traced_within(module: nn.Module, guard: Any) -> None:
+    """Dynamo's way into what runs a part of a chain, and asks ``guard``; runs under Dynamo only."""
+    from torch._dynamo.comptime import comptime
+
+    for owner in guard.owners:
+        side = owner()
+        if side is not None and side.token == "":  # never so, as in traced()
+            return
+    comptime(_within)
+
+
+def _within(context: Any) -> None:
+    """Pass inside of a region; elsewhere the guard decides."""
+    regions = _output(context).__dict__.get(_REGIONS)
+    if regions is None or regions.open is None:
+        try:
+            _local(context, "guard").check(_local(context, "module"))
+        except EntryError as error:
+            for before in _outer:
+                torch.backends.mha.set_fastpath_enabled(before)  # what traced() would have put back
+            raise EntryError(
+                f"{error}. Compiled, this is also what is seen where Dynamo breaks the graph inside of a momentumized "
+                "model: fullgraph=True shows where and why"
+            ) from None
 
 
 def _output(context: Any) -> Any:
@@ -146,6 +177,7 @@ def _enter(context: Any) -> None:
             "momentumize only one of them to compile it"
         )
     regions.open = _Region(root, momentum, set(output.graph.nodes))
+    _outer[:] = [torch.backends.mha.get_fastpath_enabled()]
     teach()
     pass_by_masks(root)
     output.__dict__[MODULES] = named_modules(root, momentum.options, momentum.place.prefix)
@@ -168,6 +200,7 @@ def _leave(context: Any) -> None:
         torch.backends.mha.set_fastpath_enabled(_local(context, "before"))  # what traced() would have put back
         raise _broken("a model")
     region, regions.open = regions.open, None
+    _outer.clear()
     output.__dict__[MODULES] = None
     number = len(regions.closed)
     regions.closed.append(region)
@@ -191,8 +224,11 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
         if regions.open is not None:
             raise _broken(type(regions.open.root).__name__)
         handed = gm
+        # Asked once: the inputs of a graph that was joined do not know what Dynamo has them from.
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        kinds = [kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
         for number, region in enumerate(regions.closed):
-            gm = _rewritten(gm, example_inputs, number, region)
+            gm = _rewritten(gm, kinds, number, region)
         # What Dynamo notes on the module that it hands over (why the graph ends, say) goes with what takes its place.
         for name, value in handed.__dict__.items():
             if not name.startswith("_") and name not in gm.__dict__:
@@ -206,11 +242,10 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
     return compile_rewritten
 
 
-def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, region: _Region) -> fx.GraphModule:
-    """``gm`` with the chains of one region as momentum nodes."""
+def _rewritten(gm: fx.GraphModule, kinds: Sequence[str], number: int, region: _Region) -> fx.GraphModule:
+    """``gm``, whose inputs are of these ``kinds``, with the chains of one region as momentum nodes."""
     note_modes(gm.graph)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    kinds = {node: kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)}
     nodes = [node for node in gm.graph.nodes if node.meta.get(REGION) == number]
     if not nodes:
         return gm
@@ -219,7 +254,7 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
     inner, inputs = part(gm, nodes, velocities)
     if MODES in nodes[0].meta and nodes[0].meta[MODES] == nodes[-1].next.meta[MODES]:
         inner.graph.output_node().meta[MODES] = nodes[0].meta[MODES]
-    lifted = {inputs[node]: kind for node, kind in kinds.items() if kind and node in inputs}
+    lifted = {inputs[node]: kind for node, kind in zip(placeholders, kinds, strict=True) if kind and node in inputs}
     mark(inner.graph, lifted, {id(module): path for path, module in region.root.named_modules() if path})
     if region.momentum.options.shapes:
         for node in inner.graph.nodes:
@@ -227,7 +262,6 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
     binding = Lifted(inner, _velocities(region, [inputs[node] for node in velocities]))
     momentum = region.momentum
     passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, momentum.place)
-    warn_of_stored(passed.plan)
     expected = region.momentum.expected()
     if expected is not None and passed.plan.names != expected:
         raise PlanChangedError(
@@ -235,6 +269,10 @@ def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], number: int, r
             f"{_listed(expected)}. It would compute another function: exclude the blocks that differ, or momentumize "
             "it with capture='dynamo' and example_inputs="
         )
+    if momentum.options.activation_budget is not None:
+        values = [node.meta.get("example_value") for node in inner.graph.find_nodes(op="placeholder")]
+        passed = passed.within(inner, stand_ins(inner.graph, values), binding)
+    warn_of_stored(passed)
     return join(gm, nodes, passed.rewritten.graph, inputs)
 
 

@@ -5,6 +5,8 @@ The table of reasons, in order; the first that names a node counts.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from mfx.errors import Reason
@@ -50,7 +52,13 @@ def _from_parameter(flow: Dataflow, node: fx.Node) -> bool:
 
 def _broadcast(block: Block) -> fx.Node | None:
     x, value = block.skip.meta.get(SHAPE), block.value.meta.get(SHAPE)
-    return block.value if x is not None and value is not None and x != value else None
+    return block.value if x is not None and value is not None and not _may_be_same(x, value) else None
+
+
+def _may_be_same(shape: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """A size that depends on values is a text: the step compares it when it runs (:class:`mfx.ShapeError`)."""
+    pairs = zip(shape, other, strict=False)
+    return len(shape) == len(other) and all(a == b or isinstance(a, str) or isinstance(b, str) for a, b in pairs)
 
 
 def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | None]]:

@@ -13,7 +13,8 @@ For each add ``y = s + b`` of two tensors computed from a common input:
 4. a module named by the caller is a wrapped block by itself, and so is a block between two rearrangements of x
    (:mod:`mfx.find.reshaped`).
 
-Everything that is a residual add and not a block is a :class:`Rejection` with its node and reason.
+Everything that is a residual add and not a block is a :class:`Rejection` with its node and reason, or, where its skip
+is far, left for the plan to ask for (:mod:`mfx.find.far`).
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.
 Known limits: blocks whose skip and branch meet otherwise than in an add (concatenation, gates).
@@ -28,7 +29,8 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from mfx.find.block import Block, Rejection
-from mfx.find.match import match_add
+from mfx.find.far import Far, Spans
+from mfx.find.match import with_skip
 from mfx.find.named import calls_of, named_blocks
 from mfx.find.reshaped import take_in
 from mfx.find.tail import wrap
@@ -43,6 +45,12 @@ class Found:
     flow: Dataflow
     blocks: tuple[Block, ...]
     rejections: tuple[Rejection, ...]
+    far: tuple[Far, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Block | Rejection | Far, ...]:
+        """All of them, in no order."""
+        return (*self.blocks, *self.rejections, *self.far)
 
 
 def find(
@@ -62,12 +70,14 @@ def find(
     flow = analyse(graph, root, {call.value: call.x for call in calls})
     whole = named_blocks(flow, calls, kind)
     covered = {node for match in whole.values() if isinstance(match, Block) for node in match.members}
-    matches: list[Block | Rejection] = []
+    matches: list[Block | Rejection | Far] = []
+    spans = Spans(flow)
     for node in flow.nodes:
         if node in whole:
             matches.append(whole[node])
         elif node in flow.adds and not only_whole and node not in covered:
-            match = match_add(flow, node, flow.adds[node])
+            match = with_skip(flow, node, flow.adds[node])
+            match = match.collected(flow) if isinstance(match, Far) and not spans.is_far(match) else match
             matches += [match] if match is not None else []
     matches = wrap(flow, take_in(flow, matches), part=bool(prefix))
     names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)}, prefix)
@@ -76,10 +86,11 @@ def find(
         flow,
         tuple(match for match in named if isinstance(match, Block)),
         tuple(match for match in named if isinstance(match, Rejection)),
+        tuple(match for match in named if isinstance(match, Far)),
     )
 
 
-def _names(matches: list[Block | Rejection], whole: Mapping[fx.Node, str], prefix: str) -> list[str]:
+def _names(matches: list[Block | Rejection | Far], whole: Mapping[fx.Node, str], prefix: str) -> list[str]:
     """Module path of each residual add, with ``#k`` where one module runs several or at the root."""
     paths = [".".join(filter(None, (prefix, _path(match, whole)))) for match in matches]
     total = Counter(paths)
@@ -91,5 +102,5 @@ def _names(matches: list[Block | Rejection], whole: Mapping[fx.Node, str], prefi
     return names
 
 
-def _path(match: Block | Rejection, whole: Mapping[fx.Node, str]) -> str:
+def _path(match: Block | Rejection | Far, whole: Mapping[fx.Node, str]) -> str:
     return whole[match.add] if match.add in whole else match.add.meta[SCOPE].path

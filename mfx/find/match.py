@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import fx
 
 from mfx.errors import Reason
-from mfx.find.block import Block, Rejection, collect
-from mfx.find.check import check
+from mfx.find.block import Block, Rejection
+from mfx.find.far import Far
 from mfx.graph.adds import Add
 from mfx.graph.dataflow import Dataflow
 
 
 def match_add(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | None:
     """The block that ends in ``add``, why there is none, or None where the add is not residual."""
+    found = with_skip(flow, add, form)
+    return found.collected(flow) if isinstance(found, Far) else found
+
+
+def with_skip(flow: Dataflow, add: fx.Node, form: Add) -> Far | Rejection | None:
+    """The add with its skip, without the nodes between; why it has none, or None where the add is not residual."""
     left, right = form.left, form.right
     shared = flow.origins[left] & flow.origins[right]
     if flow.source(left) in flow.ancestors[right]:
@@ -28,12 +32,8 @@ def match_add(flow: Dataflow, add: fx.Node, form: Add) -> Block | Rejection | No
     if isinstance(scale, fx.Node):
         return Rejection(add, Reason.SCALED_BRANCH, scale)
     written = "" if form.written is None else "branch" if form.written is value else "skip"
-    block = collect(flow, "residual", skip, value, add, scale=scale, written=written)
     passed = _passed(form.left if value is form.right else form.right, skip, add)
-    checked = check(flow, replace(block, passed=passed, branch_first=value is form.left))
-    if not shared and isinstance(checked, Rejection) and checked.reason is Reason.NO_PARAMETERS:
-        return None
-    return checked
+    return Far(add, skip, value, scale, written, passed, branch_first=value is form.left, shared=bool(shared))
 
 
 def _passed(operand: fx.Node, skip: fx.Node, add: fx.Node) -> tuple[fx.Node, ...]:

@@ -21,18 +21,19 @@ from torch import fx
 
 from mfx.find.block import Block, Rejection, collect
 from mfx.find.check import check
+from mfx.find.far import Far
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow, before_rearranging, rearranged
 from mfx.graph.notes import SHAPE
 
 
-def take_in(flow: Dataflow, matches: Sequence[Block | Rejection]) -> list[Block | Rejection]:
+def take_in(flow: Dataflow, matches: Sequence[Block | Rejection | Far]) -> list[Block | Rejection | Far]:
     """``matches`` with the blocks that a detour parts from their neighbours as blocks from x to y."""
     blocks = [match for match in matches if isinstance(match, Block)]
     found = {block: around for block in blocks if (around := _around(flow, block)) is not None}
-    starts = {block.skip for block in blocks} | {x for x, _ in found.values()}
+    starts = {match.skip for match in matches if not isinstance(match, Rejection)} | {x for x, _ in found.values()}
     ends = {block.output for block in blocks} | {tail[-1] for _, tail in found.values()}
-    taken: list[Block | Rejection] = []
+    taken: list[Block | Rejection | Far] = []
     inside: set[fx.Node] = set()
     for match in matches:
         if isinstance(match, Block) and match in found:
@@ -85,9 +86,6 @@ def _permuted(value: torch.Tensor, node: fx.Node) -> torch.Tensor:
 
 
 def _sizes(node: fx.Node) -> list[int] | None:
-    """The shape, with the sizes seen for symbolic ones."""
+    """The shape, where all of it is known."""
     shape = node.meta.get(SHAPE)
-    if shape is None:
-        return None
-    sizes = [size if isinstance(size, int) else size.node.hint for size in shape]
-    return sizes if all(isinstance(size, int) for size in sizes) else None
+    return None if shape is None or not all(isinstance(size, int) for size in shape) else list(shape)

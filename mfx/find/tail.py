@@ -6,19 +6,20 @@ from torch import fx
 
 from mfx.find.block import Block, Rejection, collect
 from mfx.find.check import check
+from mfx.find.far import Far
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import RETURNED, SCOPE, SHAPE, Scope
 
 
-def wrap(flow: Dataflow, matches: list[Block | Rejection], part: bool = False) -> list[Block | Rejection]:
+def wrap(flow: Dataflow, matches: list[Block | Rejection | Far], part: bool = False) -> list[Block | Rejection | Far]:
     """Let each residual block take in the operations after its add that belong to it.
 
     ``part`` says that the graph is that of a module inside a model, so that what it returns is not the model's output.
     """
-    skips = {match.skip for match in matches if isinstance(match, Block)}
+    skips = {match.skip for match in matches if not isinstance(match, Rejection)}
     ends: dict[fx.Node, Block] = {}
-    wrapped: list[Block | Rejection] = []
+    wrapped: list[Block | Rejection | Far] = []
     for match in matches:
         if isinstance(match, Block) and match.kind == "residual":
             tail = _tail(flow, match, skips, ends.get(match.skip), part)

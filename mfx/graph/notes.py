@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ REGION = "mfx_region"
 
 STATE = "_mfx"
 """Attribute of a module: its momentum side (:mod:`mfx.model.parts`); such a module is always taken whole."""
+GUARD = "_mfx_guard"
+"""Attribute of the class of a module inside of a captured part: what it runs a part of (:mod:`mfx.model.inner`)."""
 ADDED = "momentum_velocity"
 """The one child a momentumized model has beyond the original's: its learned velocities."""
 
@@ -108,6 +111,28 @@ def switched(
         for kind, enabled, dtype in autocast:
             stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
         yield
+
+
+class _Calling(threading.local):
+    depth = 0
+
+
+_calling = _Calling()
+
+
+@contextlib.contextmanager
+def calling_whole() -> Iterator[None]:
+    """Around code of a graph that calls modules taken whole, which are guarded against being called by themselves."""
+    _calling.depth += 1
+    try:
+        yield
+    finally:
+        _calling.depth -= 1
+
+
+def is_called_whole() -> bool:
+    """Whether a graph calls a module that is taken whole."""
+    return _calling.depth > 0
 
 
 def mark_call(number: int, path: str, x: fx.Node, value: fx.Node) -> None:

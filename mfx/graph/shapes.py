@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mfx.errors import InputTypeError
-from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, switched
+from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, calling_whole, switched
 from mfx.graph.operations import is_ambient
-from mfx.memory import KeptBytes
+from mfx.memory import KeptBytes, shape_of
 from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 
@@ -27,7 +28,7 @@ class Fake:
 
     def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        self.mode: Any = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode: Any = fakes[0].fake_mode if fakes else _fake_mode()
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.tensors = [self._fake(tensor) for tensor in tensors]
@@ -35,6 +36,11 @@ class Fake:
     def _fake(self, tensor: Any) -> Any:
         if isinstance(tensor, FakeTensor) or not isinstance(tensor, torch.Tensor):
             return tensor
+        if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
+            # A number that Dynamo made an input, say: code may ask for its value.
+            number = tensor.item()
+            with self.mode:
+                return torch.tensor(number, dtype=tensor.dtype)
         if not tensor.is_meta:
             return self.mode.from_tensor(tensor.detach(), static_shapes=True)
         with self.mode:
@@ -76,6 +82,12 @@ class Fake:
             total = kept.total()
             del output
         return total
+
+
+def _fake_mode() -> Any:
+    """Shapes are numbers here, but for the ragged sizes of jagged tensors: these are symbols of an environment."""
+    symbols = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols)
 
 
 def asking(given: Any, twin: Any) -> Any:
@@ -126,7 +138,8 @@ class Interpreter(fx.Interpreter):
         return getattr(self.root.get_submodule(owner), name)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.root.get_submodule(target)(*args, **kwargs)
+        with calling_whole():
+            return self.root.get_submodule(target)(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
@@ -156,7 +169,7 @@ class _Noting(Interpreter):
         self.kept.owner = n
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            n.meta[SHAPE], n.meta[DTYPE] = tuple(value.shape), value.dtype
+            n.meta[SHAPE], n.meta[DTYPE] = tuple(shape_of(value)), value.dtype
             if n.op == "call_method" and n.target == "to":
                 source = self.env.get(n.all_input_nodes[0]) if n.all_input_nodes else None
                 n.meta[DTYPE_KEPT] = isinstance(source, torch.Tensor) and source.dtype == value.dtype

@@ -12,18 +12,19 @@ from torch import fx, nn
 
 from mfx.graph.draws import is_dropout
 from mfx.graph.operations import INPLACE_OPERATORS, argument, is_query, name_of
-from mfx.torch_versions import DropoutNd
+from mfx.torch_versions import DropoutNd, OpOverload
 
 _VIEWS = frozenset(
     "view reshape transpose permute flatten unflatten squeeze unsqueeze expand expand_as narrow select chunk "
     "split unbind tensor_split hsplit vsplit t T mT H mH movedim moveaxis swapaxes swapdims view_as diagonal "
     "contiguous to type_as float double half bfloat16 detach getitem real imag unfold as_strided getattr data "
-    "broadcast_to atleast_1d atleast_2d atleast_3d ravel view_as_real view_as_complex requires_grad_".split()
+    "broadcast_to atleast_1d atleast_2d atleast_3d ravel view_as_real view_as_complex requires_grad_ "
+    "values nested_tensor_from_jagged".split()
 )
 
 _MAY_PASS = (nn.Identity, DropoutNd, nn.Flatten, nn.Unflatten)
 
-_NORMS = ("batch_norm", "instance_norm")
+_NORMS = ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 
 
 def aliased(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -54,9 +55,7 @@ def writes(node: fx.Node, root: nn.Module) -> tuple[fx.Node, ...]:
         return _first_nodes(node.args[:1] or tuple(node.kwargs.values())[:1])
     if node.kwargs.get("inplace") is True or _positional_inplace(node):
         return _first_nodes(node.args[:1] or (node.kwargs.get("input"),))
-    if moves_statistics(node):
-        return _first_nodes((argument(node, 1, "running_mean"), argument(node, 2, "running_var")), every=True)
-    return ()
+    return running_statistics(node) if moves_statistics(node) else _by_schema(node)
 
 
 def moves_statistics(node: fx.Node) -> bool:
@@ -64,8 +63,24 @@ def moves_statistics(node: fx.Node) -> bool:
     name = name_of(node)
     if name not in _NORMS or node.op != "call_function":
         return False
-    position, keyword = (5, "training") if name == "batch_norm" else (5, "use_input_stats")
-    return argument(node, position, keyword, name == "instance_norm") is not False
+    keyword = "use_input_stats" if name == "instance_norm" else "training"
+    return argument(node, 5, keyword, name == "instance_norm") is not False
+
+
+def _by_schema(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What an operator of torch.ops says that it writes to."""
+    operator = getattr(node.target, "default", node.target)
+    if not isinstance(operator, OpOverload):
+        return ()
+    written = [place for place, given in enumerate(operator._schema.arguments) if given.is_write]
+    return _first_nodes(tuple(argument(node, place, operator._schema.arguments[place].name) for place in written), True)
+
+
+def running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The running statistics that a functional normalization is given."""
+    # Those of torch.nn.functional take them before weight and bias, those of torch itself after them.
+    first = 1 if getattr(node.target, "__module__", "") == "torch.nn.functional" else 3
+    return _first_nodes((argument(node, first, "running_mean"), argument(node, first + 1, "running_var")), every=True)
 
 
 def _positional_inplace(node: fx.Node) -> bool:

@@ -18,14 +18,14 @@ from torch import nn
 from mfx.errors import CheckpointingWarning
 
 _SWITCHES = ("gradient_checkpointing", "grad_checkpointing")
-_told: set[type[nn.Module]] = set()
+_told: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
 def switched_off(root: nn.Module) -> Iterator[None]:
     """Switch the model's own checkpointing off inside ``root``; says so once for each class that has such a switch."""
     on = [(module, name) for module in root.modules() for name in _SWITCHES if module.__dict__.get(name) is True]
-    kinds = {type(module) for module, _ in on}
+    kinds = {(type(module).__module__, type(module).__qualname__) for module, _ in on}
     if not kinds <= _told:
         _told.update(kinds)
         warnings.warn(

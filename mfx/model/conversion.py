@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +13,12 @@ from torch import fx, nn
 from mfx.errors import CaptureError, InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.graph.notes import STATE
 from mfx.model.generated import guarded, shallow_copy
+from mfx.model.inner import guard_below
 from mfx.model.outlook import Outlook, outlooks
 from mfx.model.owners import guarded_methods, with_shells
 from mfx.model.parts import parts_of
 from mfx.model.state import Momentum
-from mfx.options import Gamma, Options, Patterns, Velocity, make_options
+from mfx.options import Budget, Gamma, Options, Patterns, Velocity, make_options
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +36,7 @@ def momentumize(
     state_dtype: torch.dtype | str = "auto",
     tolerance: float | None = None,
     capture: str = "auto",
+    activation_budget: Budget = None,
 ) -> Model:
     """The same model with its chains of residual blocks as reversible momentum chains.
 
@@ -66,6 +69,10 @@ def momentumize(
             1e-10 for float64, 1e-4 for float32, 1e-2 for bfloat16 and float16, also as autocast has them.
         capture: ``"fx"`` (symbolic tracing), ``"dynamo"``, or ``"auto"``: fx first, Dynamo where the model's Python
             depends on values that symbolic tracing does not have.
+        activation_budget: what a training step may have alive for activations at its peak (parameters, their gradients
+            and inputs apart): bytes, a text such as "8GB", or a fraction of what plain backprop needs, 0.0 being the
+            least possible and 1.0 keeping everything.  What is outside of chains is then recomputed as well.  It is
+            planned for ``example_inputs``.  None reverses chains and leaves the rest as the model computes it.
 
     Returns:
         A new model of a subclass of the model's class.
@@ -95,22 +102,25 @@ def momentumize(
         state_dtype=state_dtype,
         tolerance=tolerance,
         capture=capture,
+        activation_budget=activation_budget,
     )
     check_model(model)
-    found = outlooks(model, options, example_inputs)
+    require_inputs(options, example_inputs)
+    found = outlooks(model, replace(options, activation_budget=None), example_inputs)
+    mm = _made_of(model, found, options.activation_budget, example_inputs)
     _warn_if_nothing(found, type(model).__name__)
-    mm = _made_of(model, found, example_inputs)
     for part in parts_of(mm).values():
         if isinstance(part, Momentum):
             part.warn_of_hooks(part.latest_entry(), stacklevel=2)
     return mm
 
 
-def _made_of(model: Model, found: Mapping[str, Outlook], example_inputs: Any) -> Model:
+def _made_of(model: Model, found: Mapping[str, Outlook], budget: int | float | None, example_inputs: Any) -> Model:
     """The momentumized model: with shells where that is possible, else captured whole."""
-    options = next(iter(found.values())).momentum.options
+    options = replace(next(iter(found.values())).momentum.options, activation_budget=budget)
     whole = found.get("")
-    if not callable(options.velocity):
+    # A budget is for all that a step keeps, so where it can be had one graph of the whole is what is planned.
+    if not callable(options.velocity) and (whole is None or budget is None):
         captures = {path: outlook.entry for path, outlook in found.items()}
         mm = with_shells(model, captures, options, example_inputs)
         if mm is not None:
@@ -120,7 +130,22 @@ def _made_of(model: Model, found: Mapping[str, Outlook], example_inputs: Any) ->
             f"{type(model).__name__} can be followed in parts only ({', '.join(found)}), and reaches them otherwise "
             "than by its children: momentumize these, each in its place (model.part = mfx.momentumize(model.part))"
         )
-    return guarded(whole.mm, guarded_methods(type(model), whole.entry.passed.plan.chains))  # type: ignore[return-value]
+    guarded(whole.mm, guarded_methods(type(model), whole.entry.passed.plan.chains))
+    guard_below(whole.mm, whole.momentum, example_inputs)
+    whole.momentum.set_options(options)  # the budget last: nothing is planned within it twice
+    if budget is not None:
+        whole.momentum.first(whole.mm, example_inputs)
+    return whole.mm  # type: ignore[return-value]
+
+
+def require_inputs(options: Options, example_inputs: Any) -> None:
+    """Refuse a budget without the inputs that it is for."""
+    if options.activation_budget is not None and example_inputs is None:
+        raise OptionError(
+            f"activation_budget={options.activation_budget!r} needs example_inputs: how many bytes a step keeps "
+            "depends on their shapes. Pass example_inputs= as the model's forward takes them (on the meta device "
+            "they cost nothing)"
+        )
 
 
 def momentum_version(model: Model, options: Options) -> Model:
@@ -133,6 +158,8 @@ def momentum_version(model: Model, options: Options) -> Model:
     except CaptureError:
         if options.capture == "fx":
             raise
+        return mm
+    guard_below(mm, momentum, None)
     return mm
 
 
@@ -185,8 +212,8 @@ def graph_of(mm: nn.Module) -> fx.Graph:
 
 
 def _warn_if_nothing(found: Mapping[str, Outlook], name: str) -> None:
-    plans = [outlook.entry.passed.plan for outlook in found.values()]
-    if not any(plan.chains for plan in plans):
+    plans = [outlook.momentum.latest_entry().passed.plan for outlook in found.values()]
+    if not any(plan.chains or plan.segments for plan in plans):
         reasons = {row.text for plan in plans for row in plan.rejections}
         why = f" ({'; '.join(sorted(reasons)[:3])})" if reasons else " (it has no residual add)"
         warnings.warn(

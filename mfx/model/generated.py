@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mfx.capture.dynamo import capturing
 from mfx.capture.tracer import is_followed
-from mfx.compile.inside import traced
+from mfx.compile.inside import traced, traced_within
 from mfx.errors import EntryError, InputTypeError
 from mfx.graph.notes import STATE
 from mfx.model.state import Momentum
@@ -42,6 +43,7 @@ def shallow_copy(model: Model, momentum: Momentum) -> Model:
     mm = copied(model)
     mm.__class__ = _momentum_class(type(model), momentum.method, momentum.guarded)
     mm.__dict__[STATE] = momentum
+    momentum.holders.add(mm)
     return mm
 
 
@@ -77,23 +79,30 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         state.pop(_COMPILED, None)
         return _rebuild, (original, method, guarded), state
 
-    def prepare(self: nn.Module) -> Any:
-        raise EntryError(
-            f"{original.__name__} is momentumized and cannot be scripted: TorchScript would compile the source of the "
-            "plain network. torch.jit.trace and torch.compile take it"
-        )
+    def restore(self: nn.Module, state: Any) -> None:
+        original.__setstate__(self, state)
+        if STATE in self.__dict__:
+            self.__dict__[STATE].holders.add(self)
 
     namespace = {
-        # Called by torch.jit.script before anything else.
-        "__prepare_scriptable__": prepare,
+        "__prepare_scriptable__": _refuse_script,
         **{name: _guard(original, name) for name in guarded},
         method: run,
         "__reduce_ex__": reduce,
+        "__setstate__": restore,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (original,), namespace)
+
+
+def _refuse_script(self: nn.Module) -> Any:
+    """What torch.jit.script calls before anything else."""
+    raise EntryError(
+        f"{type(self).__name__} is momentumized and cannot be scripted: TorchScript would compile the source of the "
+        "plain network. torch.jit.trace and torch.compile take it"
+    )
 
 
 def _guard(original: type[nn.Module], name: str) -> Any:
@@ -102,14 +111,34 @@ def _guard(original: type[nn.Module], name: str) -> Any:
 
     @functools.wraps(function)
     def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or is_followed():
-            return function(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            if not capturing.on:
+                traced_within(self, refusal)
+        else:
+            refusal.check(self)
+        return function(self, *args, **kwargs)
+
+    refusal = _Refusal(original, name)
+    return guarded
+
+
+class _Refusal:
+    """Refuses a method that runs a part of what is captured, where nothing follows it."""
+
+    owners = ()
+
+    def __init__(self, original: type[nn.Module], name: str) -> None:
+        self.original, self.name = original, name
+
+    def check(self, module: nn.Module) -> None:
+        """Raise, unless a capture follows the method."""
+        if is_followed():
+            return
+        original, name = self.original, self.name
         raise EntryError(
             f"{original.__name__}.{name} runs blocks of a momentum chain that {original.__name__}.forward runs whole; "
             "called alone it would be the plain network. Call the model, or the original's method for the plain one"
         )
-
-    return guarded
 
 
 def _rebuild(original: type[nn.Module], method: str, guarded: tuple[str, ...]) -> nn.Module:

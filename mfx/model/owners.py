@@ -4,7 +4,8 @@
    ran in, if its forward ran once (:func:`owners_of`); of owners inside one another the outer one counts.
 2. The momentumized model is the model with *shells*: shallow copies of the root and of the modules on the way to each
    owner, with everything else shared.  Owners get a momentum side, the rest of the model stays plain Python: losses,
-   masks, hooks, methods that call an owner some other way (M13).
+   masks, hooks, methods that call an owner some other way (M13).  Below owners, modules that run a part of a chain
+   raise where they are called by themselves (:mod:`mfx.model.inner`).
 3. The shells are run once, symbolically or on the example, to see that every owner is reached: a model that keeps
    modules in a plain list, a closure or a bound method would run the originals.  Such a model is captured whole.
 
@@ -30,7 +31,8 @@ from mfx.capture.frozen import remembered, restore
 from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError, PlanChangedError
 from mfx.graph.notes import FRAMES, SCOPE
-from mfx.model.generated import copied, shallow_copy
+from mfx.model.generated import shallow_copy
+from mfx.model.inner import Guard, guarded_shell, guards_of, note_guards, replaced
 from mfx.model.state import Entry, Momentum
 from mfx.options import Options
 from mfx.pipeline import Place
@@ -89,15 +91,20 @@ def with_shells(model: Model, captures: Mapping[str, Entry], options: Options, e
             sides[path] = _side(owner, path, method, entry, options)
     if not sides:
         return None
-    mm = _shells(model, {id(model.get_submodule(path)): side for path, side in sides.items()})
-    try:
-        if example_inputs is None:
-            _capture_by_symbols(mm, sides)
-        else:
-            _capture_by_example(mm, sides, example_inputs)
-    except (CaptureError, PlanChangedError):
-        return None
-    return mm
+    owners = {id(model.get_submodule(path)): side for path, side in sides.items()}
+    # What is kept elsewhere than in children may keep guards from being reached: then there are none.
+    for guards in (guards_of(model, sides.values()), {}):
+        mm = _shells(model, owners, guards)
+        try:
+            if example_inputs is None:
+                _capture_by_symbols(mm, sides)
+            else:
+                _capture_by_example(mm, sides, example_inputs)
+        except (CaptureError, PlanChangedError):
+            continue
+        note_guards(mm)
+        return mm
+    return None
 
 
 def methods_of(owner: type[nn.Module], chain: Chain) -> list[list[str]]:
@@ -138,30 +145,25 @@ def _side(owner: nn.Module, path: str, method: str, entry: Entry, options: Optio
     return momentum
 
 
-def _shells(model: Model, sides: Mapping[int, Momentum]) -> Model:
-    """``model`` with owners (by id) that have their momentum side; a module has one shell, however it is reached."""
-    made: dict[int, nn.Module] = {}
+def _shells(model: Model, sides: Mapping[int, Momentum], guards: Mapping[int, Guard]) -> Model:
+    """``model`` with owners that have their momentum side, and guards below them, both by id."""
 
-    def shell(module: nn.Module) -> nn.Module:
-        if id(module) not in made:
-            if id(module) in sides:
-                made[id(module)] = shallow_copy(module, sides[id(module)])
-            elif any(id(inner) in sides for inner in module.modules()):
-                made[id(module)] = outer = copied(module)
-                held = outer._modules.items()
-                outer._modules.update({name: child and shell(child) for name, child in held})  # type: ignore[arg-type]
-            else:
-                made[id(module)] = module
-        return made[id(module)]
+    def shell(module: nn.Module, outer: bool) -> nn.Module:
+        side = sides.get(id(module))
+        return guarded_shell(module, outer, guards) if side is None else shallow_copy(module, side)
 
-    return shell(model)  # type: ignore[return-value]
+    return replaced(model, {*sides, *guards}, shell)  # type: ignore[return-value]
 
 
 def _capture_by_symbols(mm: nn.Module, sides: Mapping[str, Momentum]) -> None:
     """Capture each owner in the form that the model calls it in, by a trace that takes owners whole."""
     forward = type(mm).forward
     with _recording(sides) as calls:
-        forms = dict(capture_symbolic(mm, forward, default_form(forward)).forms)
+
+        def held() -> list[Any]:
+            return [call.leaves for found in calls.values() for call in found]
+
+        forms = dict(capture_symbolic(mm, forward, default_form(forward), held=held).forms)
     forms |= {path: call_form(found[0].args, found[0].kwargs) for path, found in calls.items() if len(found) == 1}
     _require_all(mm, sides, list(forms))
     for path, momentum in sides.items():
@@ -171,7 +173,9 @@ def _capture_by_symbols(mm: nn.Module, sides: Mapping[str, Momentum]) -> None:
 def _capture_by_example(mm: nn.Module, sides: Mapping[str, Momentum], example_inputs: Any) -> None:
     """Capture each owner for the call that the model makes of it, as a run on the example shows."""
     call = as_call(example_inputs)
-    with untouched(mm), torch.no_grad(), _recording(sides) as calls:
+    # With gradients where the caller has them on, so that owners are captured for the values that they will get.
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: nothing)
+    with untouched(mm), dropped, _recording(sides) as calls:
         mm(*call.args, **call.kwargs)
     _require_all(mm, sides, [path for path, found in calls.items() if len(found) == 1])
     for path, momentum in sides.items():

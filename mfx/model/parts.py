@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import nn
 
-from mfx.errors import InputTypeError, OptionError
-from mfx.graph.notes import STATE
+from mfx.errors import InputTypeError, OptionError, PlanChangedError
+from mfx.graph.notes import GUARD, STATE
 from mfx.options import Gamma, check_gamma, gamma_of
 from mfx.pipeline import Place
 from mfx.run import ChainSpec
@@ -61,6 +61,31 @@ def refuse_replica(module: nn.Module) -> None:
             f"{type(module).__name__} runs momentum chains, which torch.nn.DataParallel's copies of a model cannot: "
             "they have no parameters of their own. Use torch.nn.parallel.DistributedDataParallel"
         )
+
+
+def is_guarded(module: nn.Module) -> bool:
+    """Whether a module has a guard (:mod:`mfx.model.inner.guard`), by its class or by one that this was made of."""
+    return hasattr(type(module), GUARD)
+
+
+def guarded_in(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """What stands where in ``root``: each guarded module, by the paths that its guard knows."""
+    places = root.named_modules(remove_duplicate=False)
+    return {path: getattr(module, GUARD).paths for path, module in places if is_guarded(module)}
+
+
+def refuse_replaced(root: nn.Module, places: dict[str, tuple[str, ...]], prefix: str = "") -> None:
+    """Raise where something else than ``places`` say stands in the place of what had a guard: the original has that."""
+    held = dict(root.named_modules(remove_duplicate=False))
+    for path, paths in places.items():
+        name = ".".join(filter(None, (prefix, path)))
+        guard = getattr(held.get(path), GUARD, None)
+        if path in held and (guard is None or guard.paths != paths):
+            raise PlanChangedError(
+                f"block {name!r} was replaced ({type(held[path]).__name__} stands "
+                "there now) after it became part of a chain of momentum steps: put the new one into the original "
+                "model, and momentumize that"
+            )
 
 
 def set_gamma(mm: nn.Module, gamma: Gamma) -> None:

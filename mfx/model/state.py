@@ -2,9 +2,8 @@
 
 Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, and the training flags and
 settings of the modules), and captures the model anew where there is none.  A symbolic capture is proven at its first
-call (:mod:`mfx.capture.proof`, M12).  Every graph must give the chains of the
-first one: the function must not depend on the mode.  Graphs are bounded in number, all together; the one that was not
-used for longest goes first.
+call (:mod:`mfx.capture.proof`, M12).  Every graph must give the chains of the first one: the function must not depend
+on the mode.  Graphs are bounded in number; the one that was not used for longest goes first.
 
 Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
 """
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 from torch import fx, nn
 
@@ -29,16 +29,16 @@ from mfx.capture import (
     named_modules,
     prove,
 )
-from mfx.capture.call import Form
+from mfx.capture.call import Form, refuse_strided
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.capture.tracer import following
 from mfx.compile.inside import new_token
-from mfx.errors import CaptureError, HookWarning, MfxError, PlanChangedError
+from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replica
+from mfx.model.parts import refuse_replaced, refuse_replica
 from mfx.options import Gamma, Options, check_gamma
-from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph
+from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
 
@@ -61,10 +61,12 @@ class Entry:
 class Momentum:
     """What makes a model a momentumized one.
 
-    ``method`` of the model is what its graphs stand for; ``guarded`` are other methods that run a part of that.
+    ``method`` of the model is what its graphs stand for; ``guarded`` are other methods that run a part of that, and
+    ``inner`` the modules that do (:func:`mfx.model.parts.guarded_in`).
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
-    ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`).
+    ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`);
+    ``holders`` are the modules that have it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Momentum:
         self.place = place
         self.method = method
         self.guarded: tuple[str, ...] = ()
+        self.inner: dict[str, tuple[str, ...]] = {}
         self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
         self.entries: list[Entry] = []
@@ -82,17 +85,17 @@ class Momentum:
         self.hooked: set[str] = set()
         self.recorded: list[Call] | None = None
         self.token = new_token()
+        self.holders: WeakSet[nn.Module] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": [], "decisive": set()}
+        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, token=new_token())
+        self.__dict__.update(state, token=new_token(), holders=WeakSet())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options, self.place, self.method)
-        twin.guarded = self.guarded
-        twin.chains, twin.places = self.chains, self.places
+        twin.guarded, twin.inner, twin.chains, twin.places = self.guarded, self.inner, self.chains, self.places
         return twin
 
     @property
@@ -113,18 +116,21 @@ class Momentum:
         return tuple(chain for entry in self.entries for chain in entry.passed.rewritten.chains)
 
     def latest(self) -> tuple[ChainSpec, ...]:
-        """The chains of the graph used last."""
+        """Those of the graph used last."""
         return self.latest_entry().passed.rewritten.chains
 
     def latest_entry(self) -> Entry:
         """The graph used last."""
-        if not self.entries:
-            raise MfxError("the model has no captured graph yet: run it once")
-        return self.entries[-1]
+        if self.entries:
+            return self.entries[-1]
+        raise MfxError("the model has no captured graph yet: run it once")
 
     def set_gamma(self, gamma: Gamma) -> None:
         """Run with another gamma from the next forward on."""
-        options = replace(self.options, gamma=check_gamma(gamma))
+        self.set_options(replace(self.options, gamma=check_gamma(gamma)))
+
+    def set_options(self, options: Options) -> None:
+        """Run with another gamma, or within another budget, from the next forward on."""
         self.options, self.token = options, new_token()
         self.entries = [replace(entry, passed=entry.passed.with_options(options)) for entry in self.entries]
 
@@ -145,10 +151,8 @@ class Momentum:
             with following(self):
                 return self.function(root, *args, **kwargs)
         if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
-            raise CaptureError(
-                f"{self.original.__name__} is momentumized and cannot be traced symbolically: mfx.graph_of gives its "
-                "graph, or trace the original model"
-            )
+            who = f"{self.original.__name__} is momentumized and"
+            raise CaptureError(f"{who} cannot be traced symbolically: take mfx.graph_of(mm)")
         with switched_off(root):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)
@@ -156,8 +160,8 @@ class Momentum:
 
     def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
         """Tell, once for each module, that its hooks do not run."""
-        prefix = f"{self.place.prefix}." if self.place.prefix else ""
-        hooked = [f"{prefix}{path}" for path in entry.captured.hooked if f"{prefix}{path}" not in self.hooked]
+        paths = [".".join(filter(None, (self.place.prefix, path))) for path in entry.captured.hooked]
+        hooked = [path for path in paths if path not in self.hooked]
         if hooked:
             self.hooked.update(hooked)
             warnings.warn(
@@ -170,6 +174,10 @@ class Momentum:
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
+        refuse_strided(self.function, call)
+        return self._budgeted(self._entry(root, call), root, call)
+
+    def _entry(self, root: nn.Module, call: Call) -> Entry:
         held = None
         for place in range(len(self.entries) - 1, -1, -1):
             entry = self.entries[place]
@@ -179,6 +187,7 @@ class Momentum:
                     self.entries.append(held)
                     return held
                 break
+        refuse_replaced(root, self.inner, self.place.prefix)
         return self._by(
             lambda: self._proven(self._symbolic(root, call) if held is None else held, root, call),
             lambda: self._dynamo(root, call),
@@ -190,17 +199,15 @@ class Momentum:
             with switched_off(root):
                 return self.entry(root, as_call(example_inputs))
 
-        def by_symbols() -> Entry:
-            return self.capture_form(root, default_form(self.function))
-
         def by_dynamo() -> Entry:
             raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
 
-        return self._by(by_symbols, by_dynamo)
+        return self._by(lambda: self.capture_form(root, default_form(self.function)), by_dynamo)
 
-    def capture_form(self, root: nn.Module, form: Form) -> Entry:
-        """The graph of calls of ``form``, by symbolic tracing."""
+    def capture_form(self, root: nn.Module, form: Form, call: Call | None = None) -> Entry:
+        """The graph of calls of ``form``, of which ``call`` may be one that gives shapes, by symbolic tracing."""
         captured = capture_symbolic(root, self.function, form, self._named(root))
+        captured = captured if call is None else with_sizes(captured, root, call)
         return self._add(Entry(captured, self._passed(root, captured)))
 
     @contextlib.contextmanager
@@ -271,6 +278,14 @@ class Momentum:
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:
         return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place)
 
+    def _budgeted(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
+        """The entry used last, planned for ``call`` if a budget is asked for and it has no plan yet."""
+        if self.options.activation_budget is None or entry.passed.plan.forecast is not None:
+            return entry
+        planned = replace(entry, passed=entry.passed.within(root, entry.captured.inputs(root, call)))
+        self.entries[-1] = planned
+        return planned
+
     def _add(self, entry: Entry) -> Entry:
         self._same_chains(entry)
         self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
@@ -282,18 +297,4 @@ class Momentum:
         if self.chains is None:
             self.chains, self.places = entry.passed.plan.names, places
             return
-        for name in sorted(self.places, key=lambda name: bool(places.get(name))):
-            before, now = self.places[name], places.get(name)
-            if before != now and (before or now):
-                raise PlanChangedError(
-                    f"captured for this call or mode, block {name!r} is {_place(now)}; at first it was "
-                    f"{_place(before)}. The model would compute another function: exclude these blocks, or "
-                    "momentumize it in the mode and with the arguments you use (and without checkpointing that hides "
-                    "its blocks)"
-                )
-
-
-def _place(chain: tuple[str, ...] | None) -> str:
-    if chain is None:
-        return "not there"
-    return f"in the chain {list(chain)}" if chain else "kept as it is"
+        refuse_other_places(self.places, places)

@@ -38,6 +38,8 @@ class Chain:
 
     ``taps`` are states before the last that are read outside the chain, ``escapes`` branch values read
     outside it, both in order.  ``eager`` and ``compiled`` say how it runs as it is, and where a compiler traces it.
+    ``kept`` are the steps that keep their activations.  A ``plain`` chain runs as the model's own operations, which at
+    gamma = 0 it is (M1), so that segments need not end at its blocks.
     ``index`` counts the chains of the plan, ``number`` those of the whole model, and gives the chain its name.
     """
 
@@ -50,6 +52,8 @@ class Chain:
     compiled: Way
     number: int
     taps: tuple[fx.Node, ...] = ()
+    kept: frozenset[int] = frozenset()
+    plain: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,12 +87,18 @@ class Chain:
         found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
         gammas = ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(self.gammas))
         how = found.note(len(self.blocks)) if self.eager.reversible else "activations kept"
+        how = "the model's own operations" if self.plain else how
         return f"gamma {gammas}; {len(self.blocks)} steps; {how}"
 
     @property
     def gammas(self) -> tuple[float, ...]:
         """The decay of each block's velocity."""
         return tuple(rule.decay for rule in self.rules)
+
+    @property
+    def at_0(self) -> bool:
+        """Whether it is what the model computes, and nothing of it can be inverted."""
+        return self.eager.reversible and all(rule.plain for rule in self.rules)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -107,13 +117,44 @@ class Chain:
         return schedule(self.rules, dtype, *how)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a training step needs for activations, in bytes: at its ``peak`` (``where`` that is) and ``after_forward``.
+
+    ``plain`` and ``plain_after_forward`` are those of plain backprop, ``least`` the smallest peak that is possible.
+    """
+
+    peak: int
+    after_forward: int
+    where: str
+    plain: int
+    plain_after_forward: int
+    least: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is rewritten and what is kept, and why."""
+    """What is rewritten and what is kept, and why.
+
+    ``segments`` are recomputed from what goes into them, which for the first ``offloaded`` of them, for which it is
+    long until backward, waits on the host.
+    """
 
     chains: tuple[Chain, ...]
     rejections: tuple[Rejection, ...]
     options: Options
+    segments: tuple[Block, ...] = ()
+    offloaded: int = 0
+    forecast: Forecast | None = None
+
+    def treatment(self, segment: int) -> str:
+        """What is done with a segment."""
+        return "offload" if segment < self.offloaded else "recompute"
+
+    @property
+    def momentum(self) -> tuple[Chain, ...]:
+        """The chains that run as such."""
+        return tuple(chain for chain in self.chains if not chain.plain)
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:

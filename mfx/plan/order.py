@@ -162,3 +162,18 @@ def contract(flow: Dataflow, chains: Sequence[Sequence[Block]]) -> nx.DiGraph:
 def first_states(chains: Sequence[Sequence[Block]]) -> dict[fx.Node, fx.Node]:
     """For the inner states of each chain, its x_0."""
     return {block.output: chain[0].skip for chain in chains for block in chain[:-1]}
+
+
+def in_order(flow: Dataflow, chains: Sequence[Sequence[Block]]) -> list[fx.Node | int]:
+    """Nodes, and chains by their numbers, in an order that respects all inputs, and the original where it can."""
+
+    def place(item: fx.Node | int) -> int:
+        return flow.position[chains[item][-1].output if isinstance(item, int) else item]
+
+    return list(nx.lexicographical_topological_sort(contract(flow, chains), place))
+
+
+def with_segments(order: Sequence[fx.Node | int], segments: Sequence[Block]) -> list[fx.Node | int | Block]:
+    """An order in which each segment stands where its first node stood."""
+    owner = {node: segment for segment in segments for node in segment.members if node.op != "get_attr"}
+    return list(dict.fromkeys(owner.get(item, item) if isinstance(item, fx.Node) else item for item in order))

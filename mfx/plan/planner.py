@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from torch import fx
 
 from mfx.errors import Reason
-from mfx.find import Block, Found, Rejection
+from mfx.find import Block, Far, Found, Rejection
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.options import Options, check_patterns
@@ -27,6 +28,8 @@ from mfx.plan.chain import Chain, Plan, Way
 from mfx.plan.level import one_level, reject
 from mfx.plan.order import runs_of
 from mfx.rule import Momentum, Rule
+
+_Row = TypeVar("_Row", Block, Far)
 
 
 def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingProxyType({}), first: int = 0) -> Plan:
@@ -37,8 +40,8 @@ def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingPro
     if not options.checked:
         _check_patterns(found, options)
     rejections = list(found.rejections)
-    asked = _asked(found.blocks, options, rejections)
-    kept = one_level(asked, rejections)
+    asked, far = _asked(found.blocks, options, rejections), _asked(found.far, options, rejections)
+    kept = one_level(found.flow, asked, far, rejections)
     runs = runs_of(found.flow, kept, rejections)
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
     chains = [replace(chain, number=numbers.get(chain.names[0], first + chain.index)) for chain in chains]
@@ -48,16 +51,16 @@ def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingPro
 
 def _check_patterns(found: Found, options: Options) -> None:
     """Refuse patterns that match no block."""
-    names = [row.name for row in (*found.blocks, *found.rejections)]
+    names = [row.name for row in found.rows]
     for argument in ("include", "exclude"):
         check_patterns(argument, getattr(options, argument), names)
     if isinstance(options.gamma, tuple) and names:
         check_patterns("gamma", (pattern for pattern, _ in options.gamma), names)
 
 
-def _asked(blocks: Iterable[Block], options: Options, rejections: list[Rejection]) -> list[Block]:
+def _asked(blocks: Iterable[_Row], options: Options, rejections: list[Rejection]) -> list[_Row]:
     """The blocks that the caller wants rewritten."""
-    asked = []
+    asked: list[_Row] = []
     for block in blocks:
         if not options.selects(block.name):
             rejections.append(reject(block, Reason.EXCLUDED))

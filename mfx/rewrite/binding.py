@@ -14,9 +14,12 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import ADDED
 from mfx.plan import Chain, Way
-from mfx.rewrite.code import chain_function, compile_graph
+from mfx.rewrite.code import chain_function, compile_graph, segment_function
+from mfx.rewrite.traced import drawn
+from mfx.rule import StepSpec
 from mfx.run import ChainSpec
 from mfx.run.seeded import draw_seed
 
@@ -47,6 +50,27 @@ class Binding(Protocol):
         """What a chain takes by keyword."""
         ...
 
+    @property
+    def offloads(self) -> bool:
+        """Whether what a segment needs may wait on the host."""
+        ...
+
+    def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
+        """What calls a segment."""
+        ...
+
+    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
+        """What a segment takes by keyword."""
+        ...
+
+    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
+        """Whether a segment may run the node again."""
+        ...
+
+    def measured(self) -> Binding:
+        """The binding by which the bytes of a rewritten graph are measured: by root, and run in the same way."""
+        ...
+
     def finish(self, graph: fx.Graph) -> Callable[..., Any]:
         """The function that computes the finished graph."""
         ...
@@ -72,6 +96,22 @@ class ByRoot:
         # For who prints the graph.
         return {"plan": chain.note}
 
+    @property
+    def offloads(self) -> bool:
+        return True
+
+    def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
+        return segment_function(spec, index)
+
+    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
+        return {}
+
+    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
+        return True
+
+    def measured(self) -> Binding:
+        return self
+
     def finish(self, graph: fx.Graph) -> Callable[..., Any]:
         return compile_graph(graph, "forward")
 
@@ -90,7 +130,8 @@ class Lifted:
         return ()
 
     def way(self, chain: Chain) -> Way:
-        return chain.compiled
+        # What a budget keeps is kept here as well.
+        return chain.compiled if chain.eager.reversible else chain.eager
 
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
         return chain_function(spec, self.gm)
@@ -103,5 +144,41 @@ class Lifted:
         draws = spec.reversible and any(step.draws for step in spec.steps)
         return {"seed": graph.call_function(draw_seed, (x,))} if draws else {}
 
+    @property
+    def offloads(self) -> bool:
+        return False
+
+    def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
+        return segment_function(spec, index, self.gm)
+
+    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
+        return {"seed": graph.call_function(drawn, tuple(inputs))} if spec.draws else {}
+
+    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
+        return flow.is_repeatable(node)
+
+    def measured(self) -> Binding:
+        return _Measured(self)
+
     def finish(self, graph: fx.Graph) -> Callable[..., Any]:
         return fx.GraphModule(self.gm, graph)
+
+
+@dataclass(frozen=True)
+class _Measured(ByRoot):
+    """The graph of ``lifted``, by root: run eagerly, in the way that it will run compiled."""
+
+    lifted: Lifted
+
+    def way(self, chain: Chain) -> Way:
+        return self.lifted.way(chain)
+
+    def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        return self.lifted.velocity(graph, chain, x, env)
+
+    @property
+    def offloads(self) -> bool:
+        return self.lifted.offloads
+
+    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
+        return self.lifted.repeats(flow, node)

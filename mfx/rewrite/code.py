@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import linecache
 import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from mfx.graph.notes import GIVEN, calling_whole
+from mfx.rewrite.running_statistics import added_up, from_zero, zeros_for
 from mfx.rewrite.switches import all_left, has_switches
-from mfx.run import ChainSpec, run
+from mfx.rewrite.traced import traced
+from mfx.rule import StepSpec
+from mfx.rule.precision import default_tolerance
+from mfx.run import ChainSpec, recomputed, run
+from mfx.run.detector import Drift
 
 
 def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
@@ -30,6 +38,27 @@ def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[
     return function
 
 
+def segment_function(spec: StepSpec, index: int, bound: nn.Module | None = None) -> Callable[..., Any]:
+    """A segment as a function of its own name."""
+    apart, drift = from_zero(spec), Drift()
+
+    def told(off: Tensor, dtype: torch.dtype) -> None:
+        drift.record(off, spec.name, default_tolerance(dtype))
+
+    def segment(root: nn.Module, *inputs: Any) -> Any:
+        drift.poll()
+        return added_up(spec, inputs, recomputed(apart, root, *zeros_for(spec, inputs), told=told))
+
+    def segment_of_tensors(*inputs: Any, seed: Any = None) -> Any:
+        assert bound is not None
+        return added_up(spec, inputs, traced(apart, bound, index, *zeros_for(spec, inputs), seed=seed))
+
+    function = segment if bound is None else segment_of_tensors
+    function.__name__ = function.__qualname__ = f"segment_{index}"
+    function.__module__ = "mfx"
+    return function
+
+
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """The function of a graph whose first placeholder is the root module.
 
@@ -41,25 +70,30 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(compile(code.src, filename, "exec"), scope)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    return _root_twice(scope["forward"], has_switches(graph))
+    around = [all_left] if has_switches(graph) else []
+    if any(node.op == "call_module" and GIVEN in node.meta for node in graph.nodes):
+        around.append(calling_whole)
+    return _root_twice(scope["forward"], around)
 
 
-def _root_twice(function: Any, switches: bool) -> Callable[..., Any]:
+def _root_twice(function: Any, around: list[Callable[[], Any]]) -> Callable[..., Any]:
     def call(root: nn.Module, *inputs: Any) -> Any:
-        if not switches:
+        if not around:
             return function(root, root, *inputs)
-        with all_left():
+        with contextlib.ExitStack() as stack:
+            for context in around:
+                stack.enter_context(context())
             return function(root, root, *inputs)
 
-    call.__wrapped__ = function, switches  # type: ignore[attr-defined]
+    call.__wrapped__ = function, around  # type: ignore[attr-defined]
     return call
 
 
 def with_calls(compiled: Any, calls: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
     """A compiled graph with other chain functions, by their names; nothing is compiled anew."""
-    function, switches = compiled.__wrapped__
+    function, around = compiled.__wrapped__
     scope = dict(function.__globals__)
     for key, value in scope.items():
         if getattr(value, "__module__", None) == "mfx" and getattr(value, "__name__", None) in calls:
             scope[key] = calls[value.__name__]
-    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__), switches)
+    return _root_twice(types.FunctionType(function.__code__, scope, function.__name__), around)

@@ -17,19 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import networkx as nx
 from torch import fx
 
-from mfx.find import Found
+from mfx.find import Block, Found
 from mfx.graph import operations
-from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import MODES
 from mfx.plan import Chain, Plan
-from mfx.plan.order import contract, first_states
+from mfx.plan.order import first_states, in_order, with_segments
 from mfx.rewrite.binding import Binding
 from mfx.rewrite.code import chain_function, with_calls
-from mfx.rewrite.specs import join_path, spec_of
+from mfx.rewrite.specs import join_path, segment_spec, spec_of
 from mfx.rewrite.switches import Switches
+from mfx.rule import StepSpec
 from mfx.run import ChainSpec
 
 
@@ -54,12 +53,19 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
     graph = fx.Graph()
     first = binding.begin(graph)
     env: dict[fx.Node, fx.Node] = {}
-    states = first_states([chain.blocks for chain in plan.chains])
+    runs = [chain.blocks for chain in plan.momentum]
+    states = first_states(runs)
     switches = Switches(graph, flow.graph.output_node().meta.get(MODES))
-    for item in _order(flow, plan):
-        if isinstance(item, Chain):
-            switches.to(item.modes)
-            _emit(graph, binding, first, item, specs[item.index], env, learned=callable(plan.options.velocity))
+    for item in with_segments(in_order(flow, runs), plan.segments):
+        if isinstance(item, int):
+            chain = plan.momentum[item]
+            switches.to(chain.modes)
+            _emit(graph, binding, first, chain, specs[chain.index], env, learned=callable(plan.options.velocity))
+        elif isinstance(item, Block):
+            switches.to(item.output.meta.get(MODES))
+            index = plan.segments.index(item)
+            away = index if index < plan.offloaded else None
+            _emit_segment(graph, binding, first, item, segment_spec(item, flow, away), index, env)
         elif not (switches.noted and operations.is_ambient(item)):
             switches.before(item)
             env[item] = graph.node_copy(item, _lookup(item, env, states))
@@ -92,17 +98,6 @@ def _lookup(
     return lambda node: env[first[node]] if node in first and node not in env else env[node]
 
 
-def _order(flow: Dataflow, plan: Plan) -> list[fx.Node | Chain]:
-    """Chains and remaining nodes in an order that respects all inputs, and the original where it can."""
-    contracted = contract(flow, [chain.blocks for chain in plan.chains])
-
-    def place(item: fx.Node | int) -> int:
-        return flow.position[plan.chains[item].output if isinstance(item, int) else item]
-
-    ordered = nx.lexicographical_topological_sort(contracted, place)
-    return [plan.chains[item] if isinstance(item, int) else item for item in ordered]
-
-
 def _emit(
     graph: fx.Graph,
     binding: Binding,
@@ -126,6 +121,22 @@ def _emit(
         env[value] = graph.call_function(operator.getitem, (node, position))
         if _without_gradient(value, chain):
             env[value] = graph.call_method("detach", (env[value],))
+
+
+def _emit_segment(
+    graph: fx.Graph,
+    binding: Binding,
+    first: tuple[fx.Node, ...],
+    segment: Block,
+    spec: StepSpec,
+    index: int,
+    env: dict[fx.Node, fx.Node],
+) -> None:
+    """Add the node of ``segment``, and name its results in ``env``."""
+    inputs = [env[source] for source in (segment.skip, *segment.sides)]
+    node = graph.call_function(binding.segment(spec, index), (*first, *inputs), binding.draw(graph, spec, inputs))
+    for position, value in enumerate((segment.value, *segment.escapes)):
+        env[value] = graph.call_function(operator.getitem, (node, position))
 
 
 def _without_gradient(value: fx.Node, chain: Chain) -> bool:

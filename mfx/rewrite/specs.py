@@ -7,9 +7,11 @@ nothing (M4).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from mfx.find import Block
@@ -17,13 +19,19 @@ from mfx.graph.adds import Add
 from mfx.graph.dataflow import Dataflow, get_attribute
 from mfx.graph.notes import MODES
 from mfx.graph.operations import argument
-from mfx.graph.writes import moves_statistics
+from mfx.graph.writes import moves_statistics, running_statistics
 from mfx.plan import Chain, Way
 from mfx.rewrite.code import compile_graph
 from mfx.rewrite.switches import Switches
-from mfx.rule import Rule, StepSpec
+from mfx.rule import Momentum, Rule, StepSpec
 from mfx.rule.step import Escape, State
 from mfx.run import ChainSpec
+
+_BY_BATCH: dict[Any, tuple[str, bool]] = {
+    F.batch_norm: ("training", False),
+    F.instance_norm: ("use_input_stats", True),
+}
+"""What decides whether a normalization is by the batch's own statistics, and its default."""
 
 
 def spec_of(chain: Chain, flow: Dataflow, way: Way) -> ChainSpec:
@@ -45,7 +53,13 @@ def spec_of(chain: Chain, flow: Dataflow, way: Way) -> ChainSpec:
         taps=tuple(tap.step for tap in taps),
         copied=frozenset(i for i, value in enumerate(handed) if _overwritten(value, inside, flow)),
         reversible=way.reversible,
+        kept=chain.kept,
     )
+
+
+def segment_spec(segment: Block, flow: Dataflow, offloaded: int | None = None) -> StepSpec:
+    """What running a segment needs; no rule is asked for."""
+    return replace(_step(segment, Momentum(0.0), {}, flow), offloaded=offloaded)
 
 
 def _overwritten(value: fx.Node, inside: set[fx.Node], flow: Dataflow) -> bool:
@@ -72,24 +86,32 @@ def _step(block: Block, rule: Rule, values: dict[fx.Node, State | Escape], flow:
         parameters=_parameters(flow.root, modules, attributes),
         modules=tuple(modules),
         buffers=tuple(dict.fromkeys(split_path(path) for path in buffers)),
-        statistics=frozenset(number for number, side in enumerate(block.sides) if side in moved),
+        statistics={number: _factor(block, side) for number, side in enumerate(block.sides) if side in moved},
         draws=any(flow.may_draw(node) for node in block.members),
         sees_grad_mode=any(flow.sees_grad_mode(node) for node in block.members),
         branch_first=block.branch_first,
+        escapes=len(block.escapes),
     )
 
 
 def _running_statistics(block: Block) -> set[fx.Node]:
     """The running statistics that functional normalizations of the branch move."""
     norms = [node for node in block.members if moves_statistics(node)]
-    return {source for node in norms for source in _statistics_of(node).values() if isinstance(source, fx.Node)}
+    return {source for node in norms for source in running_statistics(node)}
 
 
-def _statistics_of(node: fx.Node) -> dict[str, Any]:
-    return {
-        "running_mean": argument(node, 1, "running_mean"),
-        "running_var": argument(node, 2, "running_var"),
-    }
+def _factor(block: Block, statistic: fx.Node) -> float | None:
+    """What a branch, which adds to a running statistic, multiplies it by; None where that is not known."""
+    factor = 1.0
+    for node in block.members:
+        if statistic in node.all_input_nodes:
+            momentum = argument(node, 6, "momentum", 0.1)
+            if node.target not in _BY_BATCH or not isinstance(momentum, int | float):
+                return None
+            if argument(node, 5, *_BY_BATCH[node.target]) is not True:
+                return None
+            factor *= 1 - momentum
+    return factor
 
 
 def _is_buffer(root: nn.Module, path: str) -> bool:
@@ -115,20 +137,28 @@ def _parameters(
 def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()) -> fx.Graph:
     """The branch of ``block``: ``branch(root, x, *sides) -> (value, *escapes)``.
 
-    Normalizations are given None for running statistics that are ``left_out``.
+    Normalizations are given copies of running statistics that are ``left_out``, since both runs may have to save the
+    same; in a chain None for those that are sides.
     """
     graph = fx.Graph()
     graph.placeholder("root")
-    env = {block.skip: graph.placeholder("x")}
+    env: dict[fx.Node, Any] = {block.skip: graph.placeholder("x")}
     for number, side in enumerate(block.sides):
         env[side] = graph.placeholder(f"side_{number}")
+    for side in block.sides:
+        # Where buffers are inputs of the graph, they are sides.
+        if side in left_out:
+            env[side] = graph.call_method("clone", (env[side],)) if block.kind == "segment" else None
     switches = Switches(graph, block.output.meta.get(MODES))
+    hidden = () if block.kind == "segment" else [side for side in block.sides if side in left_out]
     for node in block.members:
         switches.before(node)
         if block.tail and node is block.tail[0] and block.written:
             env[node] = _functional(graph, flow.adds[node], env)
-        elif node not in left_out:
-            env[node] = graph.node_copy(node, lambda source: None if source in left_out else env[source])  # type: ignore
+        elif node in left_out:
+            env[node] = graph.call_method("clone", (graph.node_copy(node),))
+        else:
+            env[node] = graph.node_copy(node, lambda source: None if source in hidden else env[source])  # type: ignore
     switches.end()
     graph.output(tuple(env[node] for node in (block.value, *block.escapes)))
     graph.lint()

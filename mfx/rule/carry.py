@@ -92,17 +92,20 @@ class Exact(Floating):
             w = _rounded(v.to(x.dtype), grid.per_v)
         else:
             assert v is not None
-            w = v + self._added(index, x, value)
-        return x + self._moved(index, w), w
+            w = self._added(index, x, value).add_(v)
+        return self._moved(index, w).add_(x), w
 
     def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
-        moved = v if self.places[index].alone else self._moved(index, v)
-        return self.steps[index].rule.x_before(x, moved)
+        if self.places[index].alone:
+            return super().x_before(index, x, v)
+        moved = self._moved(index, v)
+        return torch.sub(x, moved, out=moved)
 
     def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
         if index == self.places[index].start:
             return retreat(self.steps[index], x, self.velocity(index + 1, v), value)
-        return v - self._added(index, x, value)
+        added = self._added(index, x, value)
+        return torch.sub(v, added, out=added)
 
     def velocity(self, index: int, v: Tensor) -> Tensor:
         place = self.places[index - 1] if index else None
@@ -115,7 +118,7 @@ class Exact(Floating):
         step, place = self.steps[index], self.places[index]
         branch = branch_of(step, x, value.to(x.dtype))
         per_v = self.grids[place.start].per_v
-        return _rounded(branch, per_v * (step.rule.pull / place.product))
+        return _rounded(branch, per_v * (step.rule.pull / place.product), own=branch is not value)
 
     def _moved(self, index: int, w: Tensor) -> Tensor:
         """What a step adds to x."""
@@ -183,7 +186,7 @@ def _power_of_two(size: Tensor) -> Tensor:
     return torch.where(power > 0, power, 2.0)
 
 
-def _rounded(x: Tensor, factor: Tensor | float) -> Tensor:
-    """``round(x * factor)``, a new tensor; the gradient is that of ``x * factor``."""
+def _rounded(x: Tensor, factor: Tensor | float, own: bool = False) -> Tensor:
+    """``round(x * factor)``, a new tensor or (``own``) x itself; the gradient is that of ``x * factor``."""
     rounder = _ROUNDER[x.dtype]
-    return (x * factor).add_(rounder).sub_(rounder)
+    return (x.mul_(factor) if own else x * factor).add_(rounder).sub_(rounder)

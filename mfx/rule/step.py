@@ -7,7 +7,7 @@ tensors and its two numbers alone.  A plain step computes what the model compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,14 @@ class StepSpec:
     ``branch(root, x, *sides) -> (value, *escapes)``.  Of its ``sides``, None stands for a value from outside the
     chain.  Its operands are the values from outside, then one tensor for each of ``parameters``, which are given
     by all their names (path of the owner, name) in the branch.  ``again`` is the branch as it is recomputed: it
-    moves no running statistics, which are the sides numbered in ``statistics``.  ``modules`` are called whole by
-    the branch, ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
+    moves no running statistics, which are the sides numbered in ``statistics``, with the factor by which the branch
+    multiplies each before it adds to it, where that is known.  ``modules`` are called whole by the branch,
+    ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
     whether it may compute otherwise without gradient (fast paths of attention).  ``written`` is the operand
     ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has; ``branch_first``
     says whether its add takes the branch first, which may decide the memory format of the sum, and so what later
-    dropout draws.
+    dropout draws; ``escapes`` how many values from inside are handed out.  Of a segment whose inputs wait on the host,
+    ``offloaded`` is its number among those.
     """
 
     name: str
@@ -59,10 +61,12 @@ class StepSpec:
     parameters: tuple[tuple[tuple[str, str], ...], ...]
     modules: tuple[str, ...]
     buffers: tuple[tuple[str, str], ...]
-    statistics: frozenset[int]
+    statistics: Mapping[int, float | None]
     draws: bool
     sees_grad_mode: bool
     branch_first: bool = False
+    escapes: int = 0
+    offloaded: int | None = None
 
     def result_dtype(self, x: torch.dtype, value: torch.dtype) -> torch.dtype:
         """The dtype that the original's add gives."""
@@ -88,19 +92,45 @@ def retreat(step: StepSpec, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
     return step.rule.retreat(v, branch_of(step, x, value.to(v.dtype)))
 
 
+def pulled(step: StepSpec, grad_x: Tensor | None, grad_v: Tensor | None, own: bool = False) -> Tensor | None:
+    """From the gradients of x' and v' that of the branch's value; ``own``: ``grad_v`` may be used up for it.
+
+    It is all that has to be there, beside ``grad_x``, while the branch is differentiated: see :func:`passed_on`.
+    """
+    factor = step.rule.pull * step.scale
+    if grad_x is None or grad_v is None or not own or factor == 0:
+        total = added(grad_v, grad_x)
+        return total if total is None or factor == 1 else total * factor
+    return grad_v.add_(grad_x).mul_(factor)
+
+
+def passed_on(
+    step: StepSpec, grad_x: Tensor | None, grad_v: Tensor | None, value: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x (but for what comes through the branch) and v; ``value`` is what :func:`pulled` gave.
+
+    Where the factor of the branch is not 0, ``grad_v`` may be used up: that of v follows from that of the value.
+    """
+    factor, decay = step.rule.pull * step.scale, step.rule.decay
+    if value is None:
+        return grad_x, None
+    velocity = None
+    if decay != 0:
+        total = added(grad_v, grad_x) if factor == 0 else None
+        velocity = value * (decay / factor) if total is None else total * decay
+    if not step.wrapped:
+        return grad_x, velocity
+    # F = G - x gives x another -pull; in a plain step that takes away what x' = x + F gave it.
+    whole = step.rule.plain and grad_v is None
+    return (None if whole else -value if grad_x is None else grad_x - value), velocity
+
+
 def cotangents(
     step: StepSpec, grad_x: Tensor | None, grad_v: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the gradients of x' and v' those of x (but for what comes through the branch), v and the branch's value."""
-    total = added(grad_v, grad_x)
-    if total is None:
-        return grad_x, None, None
-    value = total * (step.rule.pull * step.scale)
-    velocity = None if step.rule.decay == 0 else total * step.rule.decay
-    if not step.wrapped:
-        return grad_x, velocity, value
-    # F = G - x gives x another -pull; in a plain step that takes away what x' = x + F gave it.
-    return (None if step.rule.plain and grad_x is total else added(grad_x, -value)), velocity, value
+    value = pulled(step, grad_x, grad_v)
+    return *passed_on(step, grad_x, grad_v, value), value
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

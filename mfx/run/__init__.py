@@ -2,5 +2,6 @@
 
 from mfx.run.chain import ChainSpec
 from mfx.run.reversible import run
+from mfx.run.uninverted.segment import recomputed
 
-__all__ = ["ChainSpec", "run"]
+__all__ = ["ChainSpec", "recomputed", "run"]

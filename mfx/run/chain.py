@@ -23,9 +23,11 @@ class ChainSpec:
     """A chain, as far as running it needs.
 
     ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
-    out that somebody outside will write to in place, and that are therefore handed out as copies.
+    out that somebody outside will write to in place, and that are therefore handed out as copies; ``kept`` the steps
+    that keep their activations all the same where the chain is ``reversible``.
     ``schedule(dtype, compute, same_branches, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`;
-    ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no gradient is lost.
+    ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no gradient is lost,
+    ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
     """
 
     name: str
@@ -34,9 +36,11 @@ class ChainSpec:
     taps: tuple[int, ...] = ()
     copied: frozenset[int] = frozenset()
     reversible: bool = True
+    kept: frozenset[int] = frozenset()
     index: int = 0
     drift: Drift = field(default_factory=Drift)
     proven: set[int] = field(default_factory=set)
+    followed: set[int] = field(default_factory=set)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -107,11 +111,11 @@ class Inner:
         given = iter(outer)
         return [next(given) if side is None else self._value(side) for side in self.chain.steps[index].sides]
 
-    def record(self, x: Tensor, escapes: list[Any], dtype: torch.dtype | None = None) -> None:
-        """Note what a step gave."""
+    def record(self, x: Tensor | None, escapes: list[Any], dtype: torch.dtype | None = None) -> None:
+        """Note what a step gave; its state may be None where :meth:`close` gives it, or nobody reads it."""
         index = len(self.escapes)
         self.escapes.append(escapes)
-        if index in self.wanted or index in self.chain.taps:
+        if x is not None and (index in self.wanted or index in self.chain.taps):
             self.states[index] = x if dtype is None else x.to(dtype)
 
     def escaped(self, begin: int) -> list[Any]:
@@ -120,8 +124,9 @@ class Inner:
 
     def close(self, x: Tensor, escapes: Sequence[Any], begin: int) -> None:
         """Take what the steps from ``begin`` on hand out, for what they gave: later steps read what users see."""
-        if len(self.escapes) - 1 in self.states:
-            self.states[len(self.escapes) - 1] = x
+        last = len(self.escapes) - 1
+        if last in self.wanted or last in self.chain.taps:
+            self.states[last] = x
         given = iter(escapes)
         self.escapes[begin:] = [[next(given) for _ in group] for group in self.escapes[begin:]]
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from mfx.errors import BackwardError
+from mfx.memory import values_of
 from mfx.torch_versions import FakeTensor, FunctionalTensor, NormBase
 
 _NORMS = (nn.modules.batchnorm.__name__, nn.modules.instancenorm.__name__)
@@ -103,8 +104,11 @@ class Conditions:
         self._sort_buffers(buffers, versions)
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Around the whole recomputation: modes and buffers as they were."""
+    def restored(self, copies: bool = False) -> Iterator[None]:
+        """Around the whole recomputation: modes and buffers as they were.
+
+        Normalization layers that need no buffers have none, or ``copies`` where the same must be saved as before.
+        """
         self._refuse_changes()
         now = tuple(module.training for module in self.modules)
         swapped: list[tuple[nn.Module, str, torch.Tensor | None]] = []
@@ -114,7 +118,8 @@ class Conditions:
                     module.training = flag
                 if flag and _runs_without_buffers(module):
                     swapped += [(module, name, buffer) for name, buffer in module._buffers.items()]
-                    module._buffers.update(dict.fromkeys(module._buffers))
+                    own = module._buffers.items()
+                    module._buffers.update({name: b.clone() if copies and b is not None else None for name, b in own})
             for module, name, value in self.kept:
                 swapped.append((module, name, module._buffers[name]))
                 module._buffers[name] = value.clone()
@@ -203,7 +208,14 @@ def compiling(x: torch.Tensor) -> bool:
 
 def is_symbolic(tensor: torch.Tensor | None) -> bool:
     """Whether there is no value behind a tensor: a compiler traces, or shapes alone are asked for."""
-    return tensor is not None and (isinstance(tensor, (FakeTensor, FunctionalTensor)) or tensor.is_meta)
+    if tensor is None:
+        return False
+    return isinstance(values_of(tensor), (FakeTensor, FunctionalTensor)) or tensor.is_meta
+
+
+def is_functional(tensor: torch.Tensor | None) -> bool:
+    """Whether a compiler traces: then a tensor may be an input of what it compiles, which nothing may write to."""
+    return tensor is not None and isinstance(values_of(tensor), FunctionalTensor)
 
 
 def _runs_without_buffers(module: nn.Module) -> bool:

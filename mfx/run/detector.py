@@ -5,7 +5,8 @@ What a backward reconstructs can be held against what is known, at no cost but a
 1. at the chain's start v_0 is known (zero, or the velocity given): one step from (x_0, v_0), with the branch value
    that the backward computes anyway, must give the v_1 that was reconstructed.  No division is needed, so gamma = 0
    is checked as well;
-2. at each snapshot the same holds for the state after it, x and v;
+2. at each snapshot the same holds for the state after it, x and v; at gamma = 0, and outside of chains, where nothing
+   is reconstructed, the norm of the last value that is computed again (:mod:`mfx.run.uninverted.dropped`);
 3. where the last step is computed from a snapshot, the norm of x_N is kept from the forward and compared.
 
 ``drift`` is the largest of ``|v_1 - v_1'| / max(|v_1|, |v|)``, v the velocity where the run began to be reversed,
@@ -24,12 +25,14 @@ only.  At a snapshot that keeps x alone, with gamma > 0, nothing is known of v. 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfx.errors import DriftWarning
+from mfx.memory import values_of
 
 
 class Drift:
@@ -70,7 +73,7 @@ class Drift:
 
 def _text(chain: str, value: float, tolerance: float) -> str:
     return (
-        f"{chain}: the state reconstructed in backward is off by {value:.1e} relative to what is known of it "
+        f"{chain}: what backward reconstructed or recomputed is off by {value:.1e} relative to what is known of it "
         f"(tolerance {tolerance:.0e}), and so may the gradients be. Either a branch did not compute in backward what "
         "it computed in forward (a non-deterministic kernel: torch.use_deterministic_algorithms(True); random "
         "numbers from a generator of its own; state outside of buffers; weights changed through .data), or its "
@@ -79,18 +82,54 @@ def _text(chain: str, value: float, tolerance: float) -> str:
     )
 
 
+_PIECES = 16
+_WHOLE = 1 << 12
+"""Into how many pieces tensors are cut, and from how many elements on."""
+
+
 def size_of(value: Tensor) -> Tensor:
     """The L2 norm."""
-    return torch.linalg.vector_norm(value.detach())
+    return torch.linalg.vector_norm(values_of(value.detach()))
 
 
-def relative(pairs: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-    """The largest of ``|a - b| / max(|a|, |scale|)`` over the triples (a, b, scale)."""
-    return torch.stack([_relative(a.detach(), b, scale).double() for a, b, scale in pairs]).amax()
+def pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same slices of tensors of one shape (None stays None), so that computing with them takes little memory."""
+    whole = [None if one is None else values_of(one.detach()) for one in tensors]
+    like = next(one for one in whole if one is not None)
+    if like.numel() < _WHOLE:
+        yield tuple(whole)
+        return
+    longest = max(range(like.dim()), key=like.size)
+    cut = [None if one is None else one.chunk(_PIECES, longest) for one in whole]
+    for number in range(len(like.chunk(_PIECES, longest))):
+        yield tuple(None if parts is None else parts[number] for parts in cut)
 
 
-def _relative(a: Tensor, b: Tensor, scale: Tensor | None) -> Tensor:
-    size = torch.linalg.vector_norm(a)
-    if scale is not None:
-        size = torch.maximum(size, scale.to(size.dtype))
-    return torch.linalg.vector_norm(a - b) / size.clamp_min(torch.finfo(size.dtype).tiny)
+class Distance:
+    """How far values are from others, by pieces: of each kind the sums of squares of ``a - b`` and of ``a``."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, list[Tensor]] = {}
+
+    def add(self, kind: int, a: Tensor, b: Tensor | None = None) -> None:
+        """Take a piece of ``a``, and of the ``b`` that it is held against."""
+        found = [_squares(a.detach() - b) if b is not None else None, _squares(a)]
+        sums = self.sums.setdefault(kind, [torch.zeros_like(found[1]), torch.zeros_like(found[1])])
+        for place, square in enumerate(found):
+            if square is not None:
+                sums[place] = sums[place] + square
+
+    def relative(self, scale: Tensor | None, size: Tensor | None) -> Tensor:
+        """The largest of ``|a - b| / |a|``, for kind 1 of ``max(|a|, scale)``; ``|(|a| - size)| / |a|`` without b."""
+        found = []
+        for kind, (apart, own) in self.sums.items():
+            length = own.sqrt()
+            off = apart.sqrt() if size is None else (length - size.double()).abs()
+            if kind == 1 and scale is not None:
+                length = torch.maximum(length, scale.double())
+            found.append(off / length.clamp_min(torch.finfo(torch.float32).tiny))
+        return torch.stack(found).amax()
+
+
+def _squares(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a.detach()).double().square()

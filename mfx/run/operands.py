@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from mfx.errors import BackwardError
 from mfx.rule.step import StepSpec
@@ -101,19 +102,41 @@ def parameters_as_operands(owners: Sequence[Sequence[Owner]], operands: Sequence
             holder[name] = held
 
 
-def refuse_lost(
-    step: StepSpec, parameters: Sequence[tuple[Sequence[Owner], bool]], outputs: Sequence[Tensor], leaves: Sequence[Any]
+def storages_of(tensors: Sequence[Any]) -> tuple[int | None, ...]:
+    """Which storage each tensor's values lie in; None where that cannot be told.
+
+    Storage that was freed and filled anew meanwhile, as FSDP does it, is the same one elsewhere in memory.
+    """
+    plain = (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors)
+    return tuple(t.untyped_storage()._cdata if told else None for t, told in zip(tensors, plain, strict=True))
+
+
+def refuse_moved(
+    block: str, owners: Sequence[Sequence[Owner]], tensors: Sequence[Any], before: Sequence[int | None]
 ) -> None:
-    """Raise where the branch that gave ``outputs`` was computed from a leaf that is not among ``leaves`` (M15).
+    """Raise where a module's parameter has other values than ``before``, when its storage was this one."""
+    for ((module, name), *_), tensor, one, other in zip(owners, tensors, before, storages_of(tensors), strict=True):
+        if module._parameters.get(name) is tensor and one is not None and one != other:
+            raise BackwardError(
+                f"block {block!r}: parameter {name!r} of {type(module).__name__} was given other values "
+                "(.data = ...) between forward and backward, so its branch cannot be recomputed as it ran. Do so "
+                "after backward"
+            )
+
+
+def refuse_lost(
+    step: StepSpec, parameters: Sequence[tuple[Sequence[Owner], bool]], ends: Sequence[Node], leaves: Sequence[Any]
+) -> None:
+    """Raise where the branch whose graph has these ``ends`` computed with a leaf that is not among ``leaves`` (M15).
 
     Args:
         step: the step.
         parameters: the owners of each parameter, and whether it came out without a gradient.
-        outputs: values of the recomputed branch, with their graph.
+        ends: the nodes of the values of the recomputed branch.
         leaves: what the branch was differentiated by.
     """
     known = {id(leaf) for leaf in leaves}
-    others = [leaf for leaf in _leaves_of(outputs) if id(leaf) not in known]
+    others = [leaf for leaf in _leaves_of(ends) if id(leaf) not in known]
     if not others:
         return
     sizes = ", ".join(sorted({str(tuple(leaf.shape)) for leaf in others}))
@@ -127,10 +150,9 @@ def refuse_lost(
     )
 
 
-def _leaves_of(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+def _leaves_of(ends: Sequence[Node]) -> Iterator[Tensor]:
     """The leaves that a graph ends in."""
-    yield from (output for output in outputs if output.grad_fn is None and output.requires_grad)
-    ahead: list[Any] = [output.grad_fn for output in outputs]
+    ahead: list[Any] = list(ends)
     seen: set[Any] = {None}
     while ahead:
         node = ahead.pop()

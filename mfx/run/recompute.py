@@ -13,24 +13,43 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mfx.errors import BackwardError
 from mfx.rule.step import StepSpec
 from mfx.run.conditions import Conditions
-from mfx.run.operands import Owner, Parameters, modules_of, parameters_as_operands, refuse_lost, submodule
+from mfx.run.operands import (
+    Owner,
+    Parameters,
+    modules_of,
+    parameters_as_operands,
+    refuse_lost,
+    refuse_moved,
+    storages_of,
+    submodule,
+)
 from mfx.run.tape import Setting
 from mfx.run.watched import Watch
+from mfx.run.watching import saving
+
+
+class Turn(Protocol):
+    """What a recomputation takes x from, and gives the branch's value to."""
+
+    inside: Tensor
+
+    def pass_on(self, value: Tensor | None) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
     """One step as it ran first, and all that it takes to run its branch again.
 
-    ``owners`` hold each parameter; ``pointers`` tell the storage of its values;
+    ``owners`` hold each parameter; ``storages`` tell where its values lie;
     ``constants`` the operands that autograd does not save (None stands for those that it does).
     """
 
@@ -40,7 +59,7 @@ class Rerun:
     conditions: Conditions
     watch: Watch
     owners: tuple[tuple[Owner, ...], ...]
-    pointers: tuple[int | None, ...]
+    storages: tuple[int | None, ...]
     constants: tuple[tuple[Any] | None, ...]
 
     @staticmethod
@@ -62,7 +81,7 @@ class Rerun:
             conditions_of(step, setting.root, x, parameters.modules),
             Watch(() if setting.symbolic else parameters.modules),
             parameters.owners,
-            tuple(map(_pointer, parameters.tensors)),
+            storages_of(parameters.tensors),
             tuple(None if there else (operand,) for operand, there in zip(operands, saved, strict=True)),
         )
 
@@ -78,73 +97,109 @@ class Rerun:
             BackwardError: a parameter was given other values meanwhile.
         """
         operands = [next(saved) if held is None else held[0] for held in self.constants]
-        self._refuse_moved(operands[len(self.step.sides) :])
+        refuse_moved(self.step.name, self.owners, operands[len(self.step.sides) :], self.storages)
         return operands
 
     def differentiate(
         self,
-        x: Tensor,
+        turn: Turn,
         operands: Sequence[Any],
         wanted: Sequence[bool],
         grad: Tensor | None,
         grad_extra: Sequence[Tensor | None],
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The branch's value once more, and the gradients of x and the operands from those of its values."""
-        step = self.step
+    ) -> list[Tensor | None]:
+        """Run the branch once more, and give the gradients of x and the operands from those of its values.
+
+        The branch's value goes to ``turn`` and is let go before the branch is differentiated.
+        """
+        step, x = self.step, turn.inside.detach().to(self.dtype)
         differentiable = (grad is not None or any(one is not None for one in grad_extra)) and any(wanted)
         given = operands[len(step.sides) :]
         with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
+            del x
             with torch.set_grad_enabled(differentiable), self.watch.again():
-                value, *extra = self._run([_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])
-            extra += self.watch.recomputed(step.name, grad_extra[len(extra) :])
+                values = [*self._run([as_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])]
+            values += self.watch.recomputed(step.name, grad_extra[len(values) - 1 :])
+            turn.pass_on(values[0].detach())
             if not differentiable:
-                return value, [None] * len(leaves)
-            grads = _gradients((value, *extra), (grad, *grad_extra), leaves, wanted)
-            self._refuse_lost((value, *extra), leaves, wanted, grads)
-        return value.detach(), grads
+                return [None] * len(leaves)
+            ends = [_end(value, cotangent) for value, cotangent in zip(values, (grad, *grad_extra), strict=True)]
+            del values, grad, grad_extra
+            grads = _gradients(ends, leaves, wanted)
+            self._refuse_lost([end for end, _ in ends if end is not None], leaves, wanted, grads)
+        return grads
+
+    def opened(self, x: Tensor, operands: Sequence[Any]) -> Opened:
+        """The branch once more, with its graph."""
+        step = self.step
+        sides, given = operands[: len(step.sides)], operands[len(step.sides) :]
+        with self.conditions.restored(), parameters_as_operands(self.owners, given):
+            leaves = [_leaf(x.to(self.dtype), True), *(_leaf(side) for side in sides)]
+            with torch.enable_grad(), self.watch.again():
+                entry, *inner = [as_inner(leaf) for leaf in leaves]
+                value, *extra = self._run([entry, *inner])
+            extra += self.watch.recomputed(step.name, (value,))
+        return Opened(leaves, entry, [value, *extra])
 
     def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
         setting = self.setting
         x, *sides = values
         with setting.autocast(), self.conditions.rewound(), setting.draws(self.index, again=True):
-            return self.step.again(setting.root, x.to(self.dtype), *sides)
+            return self.step.again(setting.root, x, *sides)
 
     def _refuse_lost(
-        self, outputs: Sequence[Any], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
+        self, ends: Sequence[GradientEdge], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
     ) -> None:
         """Look for lost gradients, the first time and whenever a parameter has none (M15)."""
         missing = [want and grad is None for want, grad in zip(wanted, grads, strict=True)][1 + len(self.step.sides) :]
         proven = self.setting.chain.proven
         if not self.setting.symbolic and (self.index not in proven or any(missing)):
-            tensors = [output for output in outputs if isinstance(output, Tensor)]
-            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), tensors, leaves)
+            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), [end.node for end in ends], leaves)
             proven.add(self.index)
 
-    def _refuse_moved(self, parameters: Sequence[Any]) -> None:
-        for ((module, name), *_), operand, pointer in zip(self.owners, parameters, self.pointers, strict=True):
-            if module._parameters.get(name) is operand and pointer is not None and _pointer(operand) != pointer:
-                raise BackwardError(
-                    f"block {self.step.name!r}: parameter {name!r} of {type(module).__name__} was given other values "
-                    "(.data = ...) between forward and backward, so its branch cannot be recomputed as it ran. Do so "
-                    "after backward"
-                )
+
+def _end(value: Any, cotangent: Tensor | None) -> tuple[GradientEdge | None, Tensor | None]:
+    """Where the graph of a value ends, which is all that a backward needs of it, and the gradient in its dtype."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return None, None
+    return get_gradient_edge(value), None if cotangent is None else cotangent.to(value.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A branch that ran once more: x and sides as leaves, x as the branch saw it, all values with their graph."""
+
+    leaves: list[Any]
+    entry: Tensor
+    values: list[Any]
+
+    def gradients(self, cotangents: Sequence[Tensor | None], by: Sequence[Any]) -> list[Tensor | None]:
+        """The gradients of values ``by`` on the way, from those of all that left the branch."""
+        wanted = [isinstance(value, Tensor) and value.requires_grad for value in by]
+        ends = [_end(value, cotangent) for value, cotangent in zip(self.values, cotangents, strict=True)]
+        return _gradients(ends, list(by), wanted, again=True)
+
+    def reads(self, number: int, value: Any) -> bool:
+        """Whether the value ``number`` is computed from this one."""
+        other = self.values[number]
+        cotangents = [torch.zeros_like(one) if one is other else None for one in self.values]
+        return isinstance(other, Tensor) and self.gradients(cotangents, [value])[0] is not None
 
 
 def _gradients(
-    outputs: Sequence[Any], cotangents: Sequence[Tensor | None], leaves: list[Any], wanted: Sequence[bool]
+    ends: Sequence[tuple[GradientEdge | None, Tensor | None]],
+    leaves: list[Any],
+    wanted: Sequence[bool],
+    again: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of the wanted leaves; None for the others, and for those that no cotangent reaches."""
-    pairs = [
-        (output, cotangent.to(output.dtype))
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if cotangent is not None and output.requires_grad
-    ]
+    pairs = [(end, cotangent) for end, cotangent in ends if end is not None and cotangent is not None]
     asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
     if not pairs or not asked:
         return [None] * len(leaves)
     reached, given = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(reached, asked, given, allow_unused=True))
+    found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
@@ -154,24 +209,21 @@ def conditions_of(
     """The conditions of a step's branch, with the modules in the modes they are in."""
     called = modules_of(step, root) if called is None else called
     buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
-    return Conditions.of(step.name, called, buffers, step.draws, x)
+    # On a jagged tensor torch draws for a dropout of p = 0 as well.
+    return Conditions.of(step.name, called, buffers, step.draws or x.is_nested, x)
 
 
 @contextlib.contextmanager
 def as_recomputed(step: StepSpec) -> Iterator[None]:
     """The grad mode of the recomputation, for branches that look at it.
 
-    What autograd saves it saves without history, and it goes with the branch's value: kept as it is, a node that saves
-    its own result would be a cycle that nothing frees (M14).  Dropped altogether, a branch that differentiates inside
+    What autograd saves goes with the branch's value (M14).  Dropped altogether, a branch that differentiates inside
     could not run.
     """
     if not step.sees_grad_mode:
         yield
         return
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved),
-    ):
+    with torch.enable_grad(), saving():
         yield
 
 
@@ -182,19 +234,10 @@ def _leaf(value: Any, wanted: bool | None = None) -> Any:
     return value.detach().requires_grad_(value.requires_grad if wanted is None else wanted)
 
 
-def _inner(leaf: Any) -> Any:
+def as_inner(leaf: Any) -> Any:
     """A leaf as the branch sees it, with a node of its own: tools that follow modules put hooks on their inputs' nodes,
     which a leaf that is differentiated by does not run (ModuleTracker, and FlopCounterMode with it)."""
     return leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
-
-
-def _pointer(operand: Any) -> int | None:
-    """Which storage a parameter's values lie in; None where that cannot be told.
-
-    Storage that was freed and filled anew meanwhile, as FSDP does it, is the same one elsewhere in memory.
-    """
-    plain = type(operand) in (Tensor, nn.Parameter) and not operand.is_meta
-    return operand.untyped_storage()._cdata if plain else None
 
 
 def saved_tensors(ctx: Any, what: str) -> tuple[Tensor, ...]:

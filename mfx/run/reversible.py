@@ -2,7 +2,7 @@
 
 1. A chain runs in *segments*: one ends at each tap (a state that is handed out), and one with the chain.
    :class:`mfx.run.closing.Close` ends a segment.  Every value that leaves the segment leaves through it, and it alone
-   saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.tape.Rewind`.
+   saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.closing.Rewind`.
 2. The next segment starts from what was handed out, so a tap is in the graph, not beside it: its own gradient, and
    what a hook on it returns, are those of plain autograd.  The state is kept there (:mod:`mfx.rule.snapshots`): x is
    alive anyway, and v costs one state, or nothing where the step before starts from a kept state as well.
@@ -14,12 +14,12 @@
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
 Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
-forward-mode differentiation the recurrence runs with stored activations.  A branch value that is handed out (attention
-weights) is beside the rest of its branch.
+forward-mode differentiation the recurrence runs with stored activations.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any
@@ -31,15 +31,19 @@ from torch.nn.parameter import is_lazy
 from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.carry import carry
 from mfx.rule.snapshots import Schedule
-from mfx.rule.step import StepSpec, added, check_velocity, cotangents
-from mfx.run.chain import ChainSpec, Inner, continued, stored
-from mfx.run.closing import Close, refuse_double_backward
-from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
+from mfx.rule.step import StepSpec, added, check_velocity, passed_on, pulled
+from mfx.run.beside import joined
+from mfx.run.chain import ChainSpec, Inner, stored
+from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
+from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_functional, is_symbolic
 from mfx.run.operands import Parameters
 from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
 from mfx.run.seeded import Seed
-from mfx.run.tape import Recorder, Setting, Slot, newest_observer, out_of_turn
+from mfx.run.tape import Recorder, Setting, Slot, newest_observer
+from mfx.run.uninverted.kept import kept_step
+from mfx.run.uninverted.plain import is_plain, plain
 from mfx.run.watched import refuse_watched
+from mfx.run.watching import Followed
 from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, keeping_version, pytree
 
 
@@ -57,10 +61,13 @@ def run(
     """
     check_velocity(chain.name, x, velocity)
     plan = _schedule(chain, x)
+    if chain.reversible and _wants_gradient(x, velocity, operands):
+        _refuse_lazy(chain, operands)
+        if is_plain(chain, plan, x):
+            return _copies(chain, plain(chain, plan, root, x, operands))
+        return _reversible(chain, plan, root, x, velocity, operands, seed)
     state = x.to(plan.state_dtype)
     velocity = None if velocity is None else velocity.to(plan.state_dtype)
-    if chain.reversible and _wants_gradient(x, velocity, operands):
-        return _reversible(chain, plan, root, state, velocity, operands, x.dtype, seed)
     return stored(chain, carry(chain.steps, plan), root, state, velocity, operands, x.dtype)
 
 
@@ -71,6 +78,11 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
             f"{chain.name}: its input is complex ({x.dtype}), and the momentum recurrence is defined here for real "
             f"numbers. Keep its blocks as they are with exclude={chain.steps[0].name!r} ..., or split the values into "
             "real and imaginary part (torch.view_as_real)"
+        )
+    if x.is_nested and x.layout != torch.jagged:
+        raise InputTypeError(
+            f"{chain.name}: its input is a nested tensor of layout {x.layout}, whose state cannot be undone: make it "
+            "with layout=torch.jagged"
         )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     how = (autocast_dtype(x.device, dtype), not compiling(x))
@@ -94,33 +106,58 @@ def _reversible(
     x: Tensor,
     v: Tensor | None,
     operands: Sequence[Sequence[Any]],
-    dtype: torch.dtype,
     seed: Tensor | None,
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
-    _refuse_lazy(chain, operands)
     chain.drift.poll()
     setting = _setting(chain, plan, root, x, seed)
-    inner, out, start, begin = Inner(chain), x, v, 0
+    states = [(x.detach().to(plan.state_dtype), None if v is None else v.detach().to(plan.state_dtype))]
+    inner, dtype, start, begin = Inner(chain), x.dtype, states[0][1], 0
     for end in chain.ends:
-        recorder, slot = Recorder(dtype, begin), Slot()
+        recorder, slot, nodes = Recorder(dtype, begin, states.pop(), inner.wanted), Slot(), []
         for index in range(begin, end):
-            parameters = Parameters.of(chain.steps[index], root)
-            given = (*inner.sides(index, operands[index]), *parameters.tensors)
-            x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
-            inner.record(x, extra[: recorder.escapes], recorder.dtype)
-            slot.note(index, extra[recorder.escapes :])
+            if index in chain.kept:
+                beside = bool(slot.beside or inner.escaped(begin))
+                sides = inner.sides(index, operands[index])
+                x, v, extra = kept_step(setting, recorder, slot, index, x, v, sides, beside)
+                recorder.escapes = len(extra)
+            else:
+                parameters = Parameters.of(chain.steps[index], root)
+                given = (*inner.sides(index, operands[index]), *parameters.tensors)
+                x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
+            nodes.append(x.grad_fn)
+            inner.record(x if index in inner.wanted else None, extra[: recorder.escapes], recorder.dtype)
+            slot.note(index, recorder.escapes, extra[recorder.escapes :])
             del extra
-        held = [value for value in slot.held() if value.requires_grad and not value._is_view()]
-        values = (start if begin == 0 else None, x, v, len(held), *inner.escaped(begin), *held)
-        with keeping_version(tuple(held)):
-            out, v, *escapes = Close.apply(setting, recorder, slot, *values)  # type: ignore[misc]
-        del held, values
-        inner.close(out, escapes, begin)
-        for index in range(begin, end):
-            slot.note(index, inner.escapes[index])
-        x, dtype, begin = continued(out, x), recorder.dtype, end
-    return tuple(_copied(value, index in chain.copied) for index, value in enumerate(inner.handed_out(out)))
+        x, v = _closed(setting, recorder, slot, inner, nodes, start if begin == 0 else None, x, v)
+        states.append(recorder.state)
+        dtype, begin = recorder.dtype, end
+    return _copies(chain, inner.handed_out(x))
+
+
+def _closed(
+    setting: Setting,
+    recorder: Recorder,
+    slot: Slot,
+    inner: Inner,
+    nodes: list[Any],
+    start: Tensor | None,
+    x: Tensor,
+    v: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """End a segment: the state after it, as its readers are to have it."""
+    begin = recorder.first
+    keys = [(begin + n, number) for n, group in enumerate(inner.escapes[begin:]) for number in range(len(group))]
+    kept = slot.taken()
+    held = tuple(kept.values())
+    with keeping_version(held):
+        out, v, *values = Close.apply(  # type: ignore[misc]
+            setting, recorder, slot, start, x, v, len(held), *inner.escaped(begin), *held
+        )
+    if not setting.symbolic:
+        out, v, *values = joined(slot, begin, nodes, (out, v), [*keys, *kept], values, len(held))
+    inner.close(out, values, begin)
+    return out, v
 
 
 def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, seed: Tensor | None) -> Setting:
@@ -140,7 +177,12 @@ def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, seed:
 
 
 class Step(torch.autograd.Function):
-    """``(x, v, operands) -> (x', v', escapes, watched values)``; saves its operands only."""
+    """``(x, v, operands) -> (x', v', escapes, watched values)``; saves its operands only.
+
+    The state itself is in the recorder, which nobody else sees, so that it lives no longer than it must.  What autograd
+    is given for it has no values and takes no memory; it is what the gradients go by, in a dtype that may be
+    coarser than the state's: they are not carried further than those of the plain model.
+    """
 
     @staticmethod
     def forward(
@@ -150,27 +192,24 @@ class Step(torch.autograd.Function):
         slot: Slot,
         parameters: Parameters,
         index: int,
-        x: Tensor,
-        v: Tensor | None,
+        edge_x: Tensor,
+        edge_v: Tensor | None,
         *given: Any,
     ) -> Any:
         step = setting.chain.steps[index]
         ctx.set_materialize_grads(False)
         to_save = [isinstance(operand, Tensor) and i not in step.statistics for i, operand in enumerate(given)]
         ctx.save_for_backward(*compress(given, to_save))
-        if index in setting.plan.snapshots:
-            recorder.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)
-        x, v = setting.carry.enter(index, x, v)
-        setting.observe(0, x, v) if index == 0 else None
-        recorder.note_zeros(setting, x)
-        strides = x.stride()
+        begin, _ = recorder.state
+        x = recorder.enter(setting, index)
         ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
-        value, *extra = _first_run(ctx.rerun, x, given, to_save)
+        known = edge_x if index == recorder.first and x is begin and edge_x.dtype == recorder.dtype else None
+        del begin
+        value, *extra = _first_run(ctx.rerun, x, given, to_save, known)
+        del x
         recorder.escapes = len(extra)
-        recorder.record(strides, any(ctx.needs_input_grad), step.result_dtype(recorder.dtype, value.dtype))
-        x, v = setting.carry.advance(index, x, v, value)
-        setting.observe(index + 1, x, v)
-        return (x, v, *extra, *ctx.rerun.watch.taken(given))
+        state = recorder.advance(setting, index, value, any(ctx.needs_input_grad))
+        return (*state, *extra, *ctx.rerun.watch.taken(given))
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Tensor | None) -> Any:
@@ -178,54 +217,59 @@ class Step(torch.autograd.Function):
         rerun: Rerun = ctx.rerun
         setting, index, step = rerun.setting, rerun.index, rerun.step
         refuse_double_backward(setting.chain)
-        rewind = ctx.slot.rewind
-        if rewind is None:
+        if ctx.slot.rewind is None:
             raise out_of_turn(setting.chain, index)
-        x, v, after = rewind.before(index)
-        inside, known = setting.carry.enter(index, x, v)
+        turn = Turn(ctx.slot.rewind, index)
         operands = rerun.operands(iter(saved_tensors(ctx, f"a parameter or side input of block {step.name!r}")))
-        own_x, own_v, pulled = cotangents(step, grad_x, grad_v)
-        refuse_watched(step.name, ctx.slot.beside.get(index, ()) if pulled is not None else ())
-        kept = index in setting.plan.snapshots
-        divides = not kept and step.rule.decay != 0 and (index > 0 or setting.observer is not None)
-        value, grads = None, [None] * (1 + len(operands))
-        if divides or pulled is not None or any(grad is not None for grad in grad_extra):
+        value = pulled(step, grad_x, grad_v, own=not is_functional(grad_v))
+        refuse_watched(step.name, ctx.slot.of_step(index) if value is not None else ())
+        grads: list[Tensor | None] = [None] * (1 + len(operands))
+        if turn.divides or value is not None or any(grad is not None for grad in grad_extra):
             wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[7:])
-            value, grads = rerun.differentiate(inside, operands, wanted, pulled, grad_extra)
-        if value is not None and (index == 0 or kept):
-            rewind.check(index, inside, known, after, value)
-        if divides and value is not None:
-            assert after is not None and after[1] is not None
-            v = setting.carry.v_before(index, inside, after[1], value)
-        setting.observe(index, inside, v)
-        if rewind.leave(index, x, v):
+            grads = rerun.differentiate(turn, operands, wanted, value, grad_extra)
+        else:
+            turn.pass_on(None)
+        if index == ctx.slot.rewind.left.first:
             ctx.slot.rewind = None
+        own_x, own_v = passed_on(step, grad_x, grad_v, value)
         own_v = own_v if ctx.needs_input_grad[6] else None
         return None, None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
 
 
-def _first_run(rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool]) -> list[Any]:
-    """The values of a step's branch, without history."""
+def _first_run(
+    rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool], known: Tensor | None
+) -> list[Any]:
+    """The values of a step's branch, without history; ``known`` is x with its history, where that is there."""
     setting, step, index = rerun.setting, rerun.step, rerun.index
     sides = operands[: len(step.sides)]
     _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
     seen = [x, *compress(sides, saved)]
     versions = [] if setting.symbolic else [tensor._version for tensor in seen]
+    first = bool(rerun.watch.keeping) and index not in setting.chain.followed
+    followed = Followed([x, *operands]) if first else None
     once = (rerun.conditions.recorded(), rerun.watch.first())
     with setting.autocast(), once[0], once[1], as_recomputed(step), setting.draws(index, again=False):
         # A view, as in the recomputation: hooks that keep it get no leaf.
         inner = x.detach().requires_grad_().view_as(x) if step.sees_grad_mode else x
-        values = step.branch(setting.root, inner.to(rerun.dtype), *sides)
+        entry = inner.to(rerun.dtype)
+        if followed is not None:
+            followed.known[entry] = False
+        rerun.watch.enters(entry, known, operands)
+        with followed or contextlib.nullcontext():
+            values = step.branch(setting.root, entry, *sides)
     if versions and [tensor._version for tensor in seen] != versions:
         raise BackwardError(
             f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
             f"be recomputed. Write to a copy (.clone()), or keep the block as it is with exclude={step.name!r}"
         )
-    return [_tensor_or_plain(step, value) for value in values]
+    values = [_tensor_or_plain(step, value) for value in values]
+    if followed and not followed.lose(f"a module of block {step.name!r}", [*values, *rerun.watch.found.values()]):
+        setting.chain.followed.add(index)
+    return values
 
 
-def _copied(value: Any, wanted: bool) -> Any:
-    return value.clone() if wanted and isinstance(value, Tensor) else value
+def _copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(v.clone() if n in chain.copied and isinstance(v, Tensor) else v for n, v in enumerate(values))
 
 
 def _tensor_or_plain(step: StepSpec, out: Any) -> Any:

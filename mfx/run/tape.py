@@ -1,33 +1,29 @@
-"""Tape: what one forward of a chain leaves for its backward, and what that backward goes by.
+"""Tape: what one forward of a chain leaves for its backward.
 
 1. :class:`Setting` is what all steps of one forward share, known before the first.
 2. :class:`Recorder` collects, while forward runs, one :class:`Trace` a step; :class:`Left` is made of it when the
    segment ends (:mod:`mfx.run.reversible`), and nobody writes to it.
-3. :class:`Rewind` is made of :class:`Left` and the saved tensors when a backward begins: it holds the state, which each
-   step takes as it is after it and leaves as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is
-   known, what was reconstructed is held against it (:mod:`mfx.run.detector`).
+3. :class:`mfx.run.closing.Rewind` is made of :class:`Left` and the saved tensors when a backward begins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfx.errors import BackwardError
 from mfx.rule.carry import Floating
 from mfx.rule.snapshots import Schedule
-from mfx.rule.zeros import counted_zeros, with_zeros
+from mfx.rule.zeros import counted_zeros
 from mfx.run.chain import ChainSpec
-from mfx.run.conditions import Autocast, compiling
-from mfx.run.detector import relative, size_of
+from mfx.run.conditions import Autocast
 from mfx.run.seeded import Seed, counted
-from mfx.torch_versions import FakeTensor, is_recording
+from mfx.torch_versions import is_recording
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 State = tuple[Tensor, "Tensor | None"]
@@ -77,6 +73,11 @@ class Setting:
             self.observer(self.chain.name, index, x, None if v is None else self.carry.velocity(index, v))
 
 
+def is_observed() -> bool:
+    """Whether somebody is to be told of the states of chains that start."""
+    return bool(_observers)
+
+
 def newest_observer(chain: str, plan: Schedule) -> Observer | None:
     """The observer that is to be told of a chain that starts, and now knows of it."""
     if not _observers:
@@ -98,27 +99,42 @@ class Trace:
 class Recorder:
     """Collects what forward leaves, step by step, from the step ``first`` on.
 
-    ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
+    ``state`` is the one before the step that comes next, as carried; ``wanted`` the steps whose
+    state later steps read; ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
     :mod:`mfx.rule.zeros`.
     """
 
-    def __init__(self, dtype: torch.dtype, first: int) -> None:
+    def __init__(self, dtype: torch.dtype, first: int, state: State, wanted: Set[int]) -> None:
         self.dtype = dtype
         self.first = first
+        self.state = state
+        self.wanted = wanted
         self.traces: list[Trace] = []
         self.snapshots: dict[int, State] = {}
         self.escapes = 0
         self.zeros: Tensor | None = None
 
-    def note_zeros(self, setting: Setting, x: Tensor) -> None:
-        """Count the zeros of a state, if states are reconstructed in floating arithmetic (M2)."""
+    def enter(self, setting: Setting, index: int) -> Tensor:
+        """x as step ``index`` computes with it; what the plan keeps of the state is kept."""
+        x, v = self.state
+        if index in setting.plan.snapshots:
+            self.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)
+        self.state = x, v = setting.carry.enter(index, x, v)
+        setting.observe(0, x, v) if index == 0 else None
+        # Counts of zeros are for states that are reconstructed in floating arithmetic (M2).
         if not (setting.plan.exact or setting.symbolic or len(setting.plan.snapshots) == len(setting.chain.steps)):
             self.zeros = counted_zeros(self.zeros, x, len(self.traces), x.device.type == "cpu")
+        return x
 
-    def record(self, strides: tuple[int, ...], differentiable: bool, result: torch.dtype) -> None:
-        """Note one step, and the dtype of its result."""
-        self.traces.append(Trace(self.dtype, strides, differentiable))
-        self.dtype = result
+    def advance(self, setting: Setting, index: int, value: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
+        """Go on to the state after a step, by its branch's value; gives what autograd takes for that state."""
+        x, v = self.state
+        self.traces.append(Trace(self.dtype, x.stride(), differentiable))
+        self.dtype = setting.chain.steps[index].result_dtype(self.dtype, value.dtype)
+        self.state = x, v = setting.carry.advance(index, x, v, value)
+        setting.observe(index + 1, x, v)
+        own = gradient_dtype(self.dtype, x.dtype)
+        return x.detach().to(own) if index in self.wanted else _edge(x, own), _edge(v, own)
 
     @property
     def end(self) -> int:
@@ -167,116 +183,52 @@ class Left:
 
 
 class Slot:
-    """Where the steps of a segment find the :class:`Rewind` of the backward that runs.
+    """Where the steps of a segment find the :class:`mfx.run.closing.Rewind` of the backward that runs.
 
-    ``beside`` has, for each step, weak references to the values from inside its branch that were handed out.
+    ``beside`` has weak references to the values that hooks and modules keep of branches, by step and number among all
+    that leave a step's branch.  ``joins`` see to their gradients (:mod:`mfx.run.beside`), where they can.
     """
 
-    rewind: Rewind | None = None
+    rewind: Any = None
+    joins: Callable[[], Any] | None = None
 
     def __init__(self) -> None:
-        self.beside: dict[int, list[Callable[[], Any]]] = {}
+        self.beside: dict[tuple[int, int], Callable[[], Any]] = {}
 
-    def note(self, index: int, values: Iterable[Any]) -> None:
-        """Remember values from inside the branch of a step."""
-        self.beside.setdefault(index, []).extend(weakref.ref(value) for value in values if isinstance(value, Tensor))
+    def note(self, index: int, first: int, values: Iterable[Any]) -> None:
+        """Remember values from inside the branch of a step, those from number ``first`` on."""
+        tensors = ((number, value) for number, value in enumerate(values, first) if isinstance(value, Tensor))
+        self.beside |= {(index, number): weakref.ref(value) for number, value in tensors}
 
-    def held(self) -> list[Tensor]:
-        """Those that somebody still holds."""
-        values = (reference() for references in self.beside.values() for reference in references)
-        return [value for value in values if value is not None]
+    def taken(self) -> dict[tuple[int, int], Tensor]:
+        """Those that somebody still holds and that can be given another history; ``beside`` has the others."""
+        held = {key: value for key, reference in self.beside.items() if (value := reference()) is not None}
+        found = {key: value for key, value in held.items() if value.requires_grad and not value._is_view()}
+        self.beside = {key: reference for key, reference in self.beside.items() if key not in found}
+        return found
+
+    def of_step(self, index: int) -> list[Callable[[], Any]]:
+        """What ``beside`` has of a step."""
+        return [reference for (step, _), reference in self.beside.items() if step == index]
+
+    def corrected(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """What comes to the values beside, without what has been given to them already."""
+        joins = None if self.joins is None else self.joins()
+        return grads if joins is None else joins.corrected(grads)
 
 
-class Rewind:
-    """The state of a segment while a backward runs: ``state`` is the one after the step whose turn is next.
+def gradient_dtype(dtype: torch.dtype, carried: torch.dtype) -> torch.dtype:
+    """In which dtype the gradient of a state goes on, which the model has in ``dtype``.
 
-    Args:
-        left: what forward left.
-        end: (x, v) after the last step as carried, if kept.
-        start: v_0, if there is one.
-        snapshots: the states kept before steps.
-        zeros: for how many states each element was 0.
+    That of the state, as in the model itself where nothing is carried finer (M1); but not finer than float32, unless
+    the model is.
     """
-
-    def __init__(
-        self,
-        left: Left,
-        end: State | None,
-        start: Tensor | None,
-        snapshots: dict[int, State],
-        zeros: Tensor | None = None,
-    ) -> None:
-        self.left = left
-        self.zeros = zeros
-        self.start = start
-        self.snapshots = snapshots
-        self.state = end
-        self.position = left.begin + len(left.traces)
-        carry = left.setting.carry
-        self.scale = None if end is None or end[1] is None else size_of(carry.velocity(self.position, end[1]))
-        self.drifts: list[Tensor] = []
-
-    def before(self, index: int) -> tuple[Tensor, Tensor | None, State | None]:
-        """x_i, v_i where it is kept, and the state after the step, all as carried."""
-        setting = self.left.setting
-        if self.position != index + 1:
-            raise out_of_turn(setting.chain, index)
-        self.position = index
-        after, self.state = self.state, None
-        if index in self.snapshots:
-            x, v = self.snapshots.pop(index)
-            return x, v, after
-        assert after is not None
-        x, v = after
-        assert v is not None
-        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, index - self.left.begin)
-        x = _with_strides(x, self.left.strides(index))
-        return x.to(self.left.state_dtype(index)), None, after
-
-    def leave(self, index: int, x: Tensor, v: Tensor | None) -> bool:
-        """Take the state before a step; after the last one give the drift away, and say that this was the last."""
-        if index != self.left.first:
-            self.state = (x, v)
-            return False
-        if self.drifts:
-            setting = self.left.setting
-            worst, begin = torch.stack(self.drifts).amax(), self.left.begin
-            setting.chain.drift.record(worst, setting.chain.name, setting.plan.tolerance, begin)
-        return True
-
-    def check(self, index: int, x: Tensor, v: Tensor | None, after: State | None, value: Tensor) -> None:
-        """Hold one step from a known state against the state after it that was reconstructed (or kept)."""
-        setting, carry = self.left.setting, self.left.setting.carry
-        known = index == 0 or v is not None or setting.chain.steps[index].rule.decay == 0
-        if not known or compiling(x) or isinstance(x, FakeTensor):
-            return
-        expected_x, expected_v = carry.advance(index, x, self.start if index == 0 else v, value.detach())
-        if after is None:
-            if self.left.size is not None:
-                self.drifts.append(relative([(size_of(expected_x), self.left.size, None)]))
-            return
-        x_after, v_after = after
-        pairs: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        if index in setting.plan.snapshots:
-            pairs.append((expected_x, x_after, None))
-        if v_after is not None:
-            v_after = carry.velocity(index + 1, v_after)
-            pairs.append((carry.velocity(index + 1, expected_v), v_after, self.scale))
-        self.drifts.append(relative(pairs))
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide if torch.promote_types(wide, carried) == carried else carried
 
 
-def out_of_turn(chain: ChainSpec, index: int) -> BackwardError:
-    """The error for a step whose backward comes when it cannot."""
-    return BackwardError(
-        f"{chain.name}: block {chain.steps[index].name!r} ran out of turn in backward; a backward through a chain has "
-        "to start at the chain's outputs. A loss on a view that a hook kept has to be added to one on an output; let "
-        "the hook keep a copy (.clone()), or the tensor that it is a view of"
-    )
-
-
-def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if x.stride() == strides:
-        return x
-    # Along a stride of 0 (expand) all values are one; it is written once.
-    single = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
-    return torch.empty_strided(single.shape, strides, dtype=x.dtype, device=x.device).copy_(single).expand(x.shape)
+def _edge(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autograd takes for a state: its shape, and the dtype of its gradient; without values, if that can be."""
+    if state.is_nested:
+        return state.detach().to(dtype)
+    return state.new_zeros((), dtype=dtype).expand(state.shape)

@@ -6,13 +6,14 @@ attribute (an auxiliary loss), would have no history, and a loss on it would be 
 1. while the branch runs, the tensors that its modules' hooks are given, and those that modules of other libraries than
    torch newly hold, are noted.  The step hands out these very tensors, by which they become part of the graph;
 2. the recomputation notes the same ones again, by their place, and takes in their gradients;
-3. side effects happen once (M5): hooks that only look do not run again, and what a module kept is put back.  A hook of
+3. what cannot be given another history (views, the branch's input) has a stand-in with the same memory: hooks see it,
+   modules hold it, so that it can be joined (:mod:`mfx.run.beside`);
+4. side effects happen once (M5): hooks that only look do not run again, and what a module kept is put back.  A hook of
    torch's own (sharding, pruning), or that returns something or changes a module, runs both times.  Hooks that were
-   removed or added meanwhile are as they were.
+   removed or added meanwhile are as they were.  What hooks compute: :mod:`mfx.run.watching`.
 
 Known limits: hooks of modules that the capture entered do not run at all (a warning names them), and global hooks are
-not seen.  Of attributes, tensors and lists, tuples and dicts of them are.  A value that leaves in this way is beside
-the rest of its branch: who waits for its whole gradient gets an error.
+not seen.  Of attributes, tensors and lists, tuples and dicts of them are.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mfx.errors import BackwardError
+from mfx.run.watching import ran, stand_in
 from mfx.torch_versions import pytree
 
 Place = tuple[Any, ...]
@@ -36,16 +39,22 @@ _OWN = frozenset(nn.Module().__dict__)
 
 
 class Watch:
-    """What leaves the runs of one branch: ``places`` are those of the first run, ``found`` the tensors at each."""
+    """What leaves the runs of one branch: ``places`` are those of the first run, ``found`` the tensors at each.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    ``apart``: the first run has no history; where it has one, as in a segment, all is part of the graph by itself.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], apart: bool = True) -> None:
         hooked = ((n, m) for n, m in enumerate(modules) if m._forward_hooks or m._forward_pre_hooks)
         self.hooked = [(n, m, {name: OrderedDict(m.__dict__[name]) for name in _TABLES}) for n, m in hooked]
         self.keeping = [(n, m) for n, m in enumerate(modules) if not type(m).__module__.startswith("torch.nn")]
         self.places: tuple[Place, ...] = ()
         self.found: dict[Place, Tensor] = {}
-        self.modules = modules
+        self.modules, self.apart = modules, apart
         self._looking: set[tuple[nn.Module, int]] = set()
+        self._entry: Tensor | None = None
+        self._instead: dict[int, Tensor] = {}
+        self._originals: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -53,17 +62,31 @@ class Watch:
         held = [_held(module) for _, module in self.keeping]
         with self._hooks(self._noting):
             yield
+        with torch.enable_grad():
+            self._stand_in_for_kept(held)
         self._note_kept(held)
 
+    def enters(self, entry: Tensor, instead: Tensor | None, others: Sequence[Any]) -> None:
+        """Within the first run: ``entry`` is the branch's input, ``others`` are its operands.
+
+        Hooks see ``instead`` of the entry, if there is one.
+        """
+        self._entry = entry
+        self._instead = {id(other): other for other in others if isinstance(other, Tensor)}
+        self._instead |= {} if instead is None else {id(entry): instead}
+
     def taken(self, others: Sequence[Any]) -> list[Tensor]:
-        """The tensors of the first run, each once, but for ``others``, which have a history of their own."""
+        """The tensors of the first run, each once, but for ``others``, which have a history of their own.
+
+        What is computed from another comes after it, as far as that can be seen.
+        """
         seen = {id(other) for other in others}
         taken = {}
-        for place, tensor in self.found.items():
+        for place, tensor in sorted(self.found.items(), key=lambda item: self._age(item[1])):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 taken[place] = tensor
-        self.places, self.found = tuple(taken), {}
+        self.places, self.found, self._originals, self._entry = tuple(taken), {}, {}, None
         return list(taken.values())
 
     def recomputed(self, block: str, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -110,10 +133,13 @@ class Watch:
 
     def _noting(self, number: int, module: nn.Module, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
         def noting(*given: Any) -> Any:
+            given = (given[0], *pytree.tree_map_only(Tensor, self._stand_in, given[1:]))
             self._note((number, key), given[1:])
-            before = _state(self.modules)
-            result = hook(*given)
-            if result is None and before == _state(self.modules) and not _is_torchs(hook):
+            before = _state(self.modules), versions_of(given)
+            result = hook(*given) if is_torchs(hook) else ran(hook, module, given[1:], self.apart)
+            if self.apart:
+                _refuse_asked(module, hook, given)
+            if result is None and before == (_state(self.modules), versions_of(given)) and not is_torchs(hook):
                 self._looking.add((module, key))
             else:
                 self._looking.discard((module, key))
@@ -124,9 +150,38 @@ class Watch:
     def _noting_again(self, number: int, module: nn.Module, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
         def noting(*given: Any) -> Any:
             self._note((number, key), given[1:])
-            return None if (module, key) in self._looking else hook(*given)
+            if (module, key) in self._looking:
+                return None
+            return hook(*given) if self.apart or is_torchs(hook) else ran(hook, module, given[1:], apart=False)
 
         return noting
+
+    def _stand_in(self, value: Tensor) -> Tensor:
+        """What hooks and modules get of a value: itself, unless it cannot be given another history later on."""
+        if self.apart and id(value) not in self._instead and (value is self._entry or value._is_view()):
+            self._instead[id(value)] = stand_in(value)
+            self._originals[id(self._instead[id(value)])] = value
+        return self._instead.get(id(value), value)
+
+    def _age(self, value: Tensor) -> int:
+        """A number that is larger for what is computed later, where values have histories."""
+        original = self._originals.get(id(value), value)
+        if original is self._entry:
+            return -2
+        return -1 if original.grad_fn is None else original.grad_fn._sequence_nr()
+
+    def _stand_in_for_kept(self, held: list[dict[str, tuple[Any, Any]]]) -> None:
+        """Replace what modules newly hold in the same way, where it has a history."""
+        for (_, module), before in zip(self.keeping, held, strict=True):
+            old = {id(leaf) for _, content in before.values() for leaf in pytree.tree_leaves(content)}
+            for name, (value, _) in _held(module).items():
+                _replace(
+                    module,
+                    name,
+                    value,
+                    lambda leaf, old=old: self._stand_in(leaf) if leaf.requires_grad and id(leaf) not in old else leaf,
+                )
+        self._instead = {}
 
     def _note(self, place: Place, values: Any) -> None:
         """Note the tensors among ``values``, after those that came before at this place."""
@@ -145,7 +200,7 @@ class Watch:
 
 
 def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
-    """Raise where somebody waits for the whole gradient of a value that is beside the rest of its branch.
+    """Raise where somebody waits for the whole gradient of a value that could not be joined (of a special kind).
 
     Hooks of torch's own wait for the moment, not for the value (sharding puts them on all outputs of a model).
 
@@ -155,7 +210,7 @@ def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
     """
     for value in (reference() for reference in values):
         hooks = () if not isinstance(value, Tensor) else (value._backward_hooks or {}).values()
-        if isinstance(value, Tensor) and (value.retains_grad or not all(map(_is_torchs, hooks))):
+        if isinstance(value, Tensor) and (value.retains_grad or not all(map(is_torchs, hooks))):
             raise BackwardError(
                 f"block {block!r}: a value from inside its branch, of shape {tuple(value.shape)}, which the model "
                 "hands out or a hook kept, has a hook or retains its gradient. The reversible run has it beside "
@@ -164,9 +219,39 @@ def refuse_watched(block: str, values: Iterable[Callable[[], Any]]) -> None:
             )
 
 
-def _is_torchs(hook: Any) -> bool:
+def is_torchs(hook: Any) -> bool:
+    """Whether a hook belongs to torch."""
     hook = hook.func if isinstance(hook, functools.partial) else hook
     return str(getattr(hook, "__module__", None) or type(hook).__module__).split(".")[0] == "torch"
+
+
+def _refuse_asked(module: nn.Module, hook: Any, given: Any) -> None:
+    """Raise where a forward hook asks for the gradient of what it is given, which becomes part of the graph later."""
+    tensors = (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and not leaf.is_leaf)
+    if not is_torchs(hook) and any(tensor.retains_grad or tensor._backward_hooks for tensor in tensors):
+        raise BackwardError(
+            f"a forward hook of {type(module).__name__} calls retain_grad() or register_hook() on what it is given "
+            "while the reversible run has no gradients there yet. Let the hook keep the tensor, and call these on it "
+            "after the model has run; or keep the block as it is with exclude=, or use reversible=False"
+        )
+
+
+def versions_of(values: Any) -> list[int]:
+    """How often each tensor among the values has been written to."""
+    return [leaf._version for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _replace(module: nn.Module, name: str, value: Any, by: Callable[[Tensor], Tensor]) -> None:
+    """Put other tensors into a module's attribute, a tensor or a container."""
+    new = pytree.tree_map_only(Tensor, by, value)
+    if all(one is other for one, other in zip(pytree.tree_leaves(value), pytree.tree_leaves(new), strict=True)):
+        return
+    if isinstance(value, list):
+        value[:] = new
+    elif isinstance(value, dict):
+        value.update(new)
+    else:
+        module.__dict__[name] = new
 
 
 def _state(modules: Sequence[nn.Module]) -> list[int]:

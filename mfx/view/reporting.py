@@ -7,25 +7,26 @@ rewritten one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx, nn
 
+from mfx.budget.owned import Owned, bytes_of, owned_by
 from mfx.find import Block, Found, Rejection
-from mfx.graph.notes import DTYPE, SHAPE
+from mfx.graph.notes import SHAPE
 from mfx.graph.shapes import Fake, propagate_shapes
-from mfx.model.conversion import check_model
+from mfx.model.conversion import check_model, require_inputs
 from mfx.model.outlook import Outlook, outlooks
-from mfx.options import Gamma, Patterns, Velocity, make_options
+from mfx.options import Budget, Gamma, Optimizer, Patterns, Velocity, check_optimizer, make_options
 from mfx.plan import Chain, Plan
-from mfx.run.conditions import autocast_dtype
-from mfx.torch_versions import has_float64
-from mfx.view.rows import ChainRow, Memory, Report, Row
+from mfx.view.chained import activation_bytes, chain_rows
+from mfx.view.footprint import Peaks, StepMemory, peaks_of, step_memory
+from mfx.view.rows import Memory, Report, Row, SegmentRow
 
 
 def report(
@@ -41,6 +42,8 @@ def report(
     state_dtype: torch.dtype | str = "auto",
     tolerance: float | None = None,
     capture: str = "auto",
+    activation_budget: Budget = None,
+    optimizer: Optimizer = None,
 ) -> Report:
     """Which residual blocks of ``model`` can be rewritten, which cannot, and why.
 
@@ -50,8 +53,11 @@ def report(
         model: any module that gives one graph; it is not run and not changed.
         example_inputs: tensor, tuple or dict as the model's forward takes them; tensors on the meta device or
             fake ones do, only shapes and dtypes are read.  Adds shapes and bytes.
-        gamma, include, exclude, modules, velocity, reversible, state_dtype, tolerance, capture: as for
-            :func:`mfx.momentumize`.
+        gamma, include, exclude, modules, velocity, reversible, state_dtype, tolerance, capture, activation_budget: as
+            for :func:`mfx.momentumize`.
+        optimizer: counts its state too, so that the report says what a whole step needs: a class of ``torch.optim`` or
+            its name (``"AdamW"``), a callable that makes one of parameters, or an optimizer of the model, which is left
+            as it is.
 
     Returns:
         A :class:`Report`.
@@ -77,18 +83,45 @@ def report(
         state_dtype=state_dtype,
         tolerance=tolerance,
         capture=capture,
+        activation_budget=activation_budget,
     )
     check_model(model)
+    require_inputs(options, example_inputs)
+    maker = check_optimizer(optimizer)
     with torch.random.fork_rng(devices=[]):  # a velocity's factory may draw
         found = outlooks(model, options, example_inputs)
+        whole = model if "" not in found else found[""].mm  # which may have velocities that are learned
+        owned = None if maker is None and example_inputs is None else owned_by(whole, maker)
+    return _report_of(type(model).__name__, found, owned)
+
+
+def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> Report:
+    """The report on what was captured of a model of this class, which holds what is ``owned``."""
     seen = [_seen(outlook) for outlook in found.values()]
     rows = [row for one in seen for row in _rows(one)]
-    chains = tuple(_chain_row(chain, one) for one in seen for chain in one.plan.chains)
+    chains = tuple(row for one in seen for row in chain_rows(one.found, one.plan, one.sizes, one.peaks))
     memories = [_memory(outlook, one) for outlook, one in zip(found.values(), seen, strict=True)]
     known = [memory for memory in memories if memory is not None]
     memory = Memory(sum(one.before for one in known), sum(one.after for one in known)) if known else None
     graph = nx.compose_all([_block_graph(rows, one.found) for one in seen])
-    return Report(type(model).__name__, tuple(rows), chains, memory, graph)
+    segments = tuple(_segment_row(index, one) for one in seen for index in range(len(one.plan.segments)))
+    forecasts = [one.plan.forecast for one in seen if one.plan.forecast is not None]
+    most = max(forecasts, key=lambda forecast: forecast.peak, default=None)
+    step = None if owned is None else _step(found, seen, owned)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step)
+
+
+def _step(found: Mapping[str, Outlook], seen: list[_Seen], owned: Owned) -> StepMemory:
+    """What a training step needs; of a model that is captured in parts, without activations."""
+    whole = found.get("")
+    if whole is None:
+        return replace(step_memory(owned), unknown=f"it is captured in parts ({', '.join(found)})")
+    if whole.call is None:
+        return step_memory(owned)
+    inputs, peaks = bytes_of(whole.call.tensors), seen[0].peaks
+    if peaks is None:
+        return replace(step_memory(owned, inputs), unknown=seen[0].unknown)
+    return step_memory(owned, inputs, peaks.ours, peaks.plain)
 
 
 def _seen(outlook: Outlook) -> _Seen:
@@ -96,7 +129,7 @@ def _seen(outlook: Outlook) -> _Seen:
     if outlook.call is not None and not sizes:
         inputs = outlook.entry.captured.inputs(outlook.mm, outlook.call)
         sizes = propagate_shapes(outlook.entry.captured.graph, outlook.mm, inputs)
-    return _Seen(outlook.entry.passed.found, outlook.entry.passed.plan, sizes)
+    return _Seen(outlook.entry.passed.found, outlook.entry.passed.plan, sizes, *peaks_of(outlook))
 
 
 def _memory(outlook: Outlook, seen: _Seen) -> Memory | None:
@@ -115,24 +148,37 @@ class _Seen:
     found: Found
     plan: Plan
     sizes: Mapping[fx.Node, int]
+    peaks: Peaks | None
+    unknown: str
+
+    @cached_property
+    def segments(self) -> dict[fx.Node, str]:
+        """What is done with the nodes of each segment."""
+        rows = zip(self.plan.segments, map(self.plan.treatment, range(len(self.plan.segments))), strict=True)
+        return {node: treatment for segment, treatment in rows for node in segment.members}
 
 
 def _rows(seen: _Seen) -> list[Row]:
     """A row for each residual add, in order of execution."""
-    rows = [_momentum_row(chain, block, seen) for chain in seen.plan.chains for block in chain.blocks]
-    rows += [_kept_row(rejection, seen) for rejection in seen.plan.rejections]
+    rows = [_momentum_row(chain, step, seen) for chain in seen.plan.chains for step in range(len(chain.blocks))]
+    blocks = {block.name: block for block in seen.found.blocks}
+    rows += [_kept_row(rejection, blocks.get(rejection.name), seen) for rejection in seen.plan.rejections]
     order = {name: index for index, name in enumerate(_names_in_order(seen.found))}
     return sorted(rows, key=lambda row: order[row.name])
 
 
 def _names_in_order(found: Found) -> list[str]:
     position = found.flow.position
-    ends = [(position[block.output], block.name) for block in found.blocks]
-    ends += [(position[rejection.add], rejection.name) for rejection in found.rejections]
-    return [name for _, name in sorted(ends)]
+    return [name for _, name in sorted((position[end], name) for end, name in _ends(found))]
 
 
-def _momentum_row(chain: Chain, block: Block, seen: _Seen) -> Row:
+def _ends(found: Found) -> list[tuple[fx.Node, str]]:
+    """The nodes that all residual adds end in (two may end in one), with their names."""
+    return [(row.add if isinstance(row, Rejection) else row.output, row.name) for row in found.rows]
+
+
+def _momentum_row(chain: Chain, step: int, seen: _Seen) -> Row:
+    block = chain.blocks[step]
     return Row(
         name=block.name,
         status="momentum",
@@ -140,12 +186,35 @@ def _momentum_row(chain: Chain, block: Block, seen: _Seen) -> Row:
         chain=chain.number,
         parameters=_parameter_count(block.members, seen.found),
         shape=block.skip.meta.get(SHAPE),
-        activation_bytes=_activation_bytes(block, seen),
+        activation_bytes=activation_bytes(block, seen.sizes),
+        treatment=_treatment(chain, step, seen),
     )
 
 
-def _kept_row(rejection: Rejection, seen: _Seen) -> Row:
-    block = next((block for block in seen.found.blocks if block.name == rejection.name), None)
+def _treatment(chain: Chain, step: int, seen: _Seen) -> str:
+    """What a budget does with the activations of a block."""
+    if seen.plan.forecast is None:
+        return ""
+    if chain.plain:
+        return _outside_chains(chain.blocks[step].output, seen)
+    if step in chain.kept or not chain.eager.reversible:
+        return "keep"
+    return "reverse" if chain.rules[step].decay else "recompute"
+
+
+def _outside_chains(node: fx.Node, seen: _Seen) -> str:
+    if seen.plan.forecast is None:
+        return ""
+    return seen.segments.get(node, "keep")
+
+
+def _segment_row(index: int, seen: _Seen) -> SegmentRow:
+    segment = seen.plan.segments[index]
+    saved = sum(seen.sizes.get(node, 0) for node in segment.members)
+    return SegmentRow(segment.name, len(segment.members), saved, seen.plan.treatment(index))
+
+
+def _kept_row(rejection: Rejection, block: Block | None, seen: _Seen) -> Row:
     return Row(
         name=rejection.name,
         status="kept",
@@ -153,7 +222,8 @@ def _kept_row(rejection: Rejection, seen: _Seen) -> Row:
         kind="residual" if block is None else block.kind,
         parameters=0 if block is None else _parameter_count(block.members, seen.found),
         shape=rejection.add.meta.get(SHAPE),
-        activation_bytes=None if block is None else _activation_bytes(block, seen),
+        activation_bytes=None if block is None else activation_bytes(block, seen.sizes),
+        treatment=_outside_chains(rejection.add, seen),
     )
 
 
@@ -169,43 +239,11 @@ def _parameter_count(members: tuple[fx.Node, ...], found: Found) -> int:
     return sum(parameters.values())
 
 
-def _activation_bytes(block: Block, seen: _Seen) -> int | None:
-    if not seen.sizes:
-        return None
-    return sum(seen.sizes.get(node, 0) for node in {*block.nodes, block.output})
-
-
-def _chain_row(chain: Chain, seen: _Seen) -> ChainRow:
-    dtype: torch.dtype | None = chain.input.meta.get(DTYPE)
-    row = ChainRow(
-        chain.number, chain.names, chain.gammas, stored=chain.eager.text, stored_compiled=chain.compiled.text
-    )
-    if dtype is None or not seen.sizes:
-        return row
-    row = replace(row, activation_bytes=sum(_activation_bytes(block, seen) or 0 for block in chain.blocks))
-    if not chain.eager.reversible:
-        return row
-    device = next((parameter.device for parameter in seen.found.flow.root.parameters()), torch.device("cpu"))
-    schedule = chain.schedule(dtype, autocast_dtype(device, dtype), float64=has_float64(device))
-    steps = len(chain.blocks)
-    return replace(
-        row,
-        state_dtype=str(schedule.state_dtype).removeprefix("torch."),
-        snapshots=schedule.snapshots,
-        state_bytes=schedule.bytes_an_element(steps) * math.prod(chain.input.meta[SHAPE]),
-        interval=schedule.interval(steps),
-        drift=schedule.drift,
-        rounding=schedule.rounding,
-        tolerance=schedule.tolerance,
-    )
-
-
 def _block_graph(rows: list[Row], found: Found) -> nx.DiGraph:
     """Rows as nodes; an edge where one block's value reaches another without passing a third."""
     graph = nx.DiGraph()
     graph.add_nodes_from((row.name, asdict(row)) for row in rows)
-    ends = {block.output: block.name for block in found.blocks}
-    ends |= {rejection.add: rejection.name for rejection in found.rejections}
+    ends = dict(_ends(found))
     reached: dict[fx.Node, frozenset[str]] = {}
     for node in found.flow.nodes:
         before = frozenset[str]().union(*(reached[source] for source in node.all_input_nodes))

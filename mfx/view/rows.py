@@ -10,6 +10,8 @@ import networkx as nx
 from tabulate import tabulate
 
 from mfx.memory import format_bytes
+from mfx.plan import Forecast
+from mfx.view.footprint import StepMemory
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Row:
 
     ``status`` is ``"momentum"`` or ``"kept"`` (``reason`` says why), ``kind`` ``"residual"`` or ``"wrapped"``.
     ``shape`` (of x) and ``activation_bytes`` (kept for backward by the original block) need example inputs.
+    ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Row:
     parameters: int = 0
     shape: tuple[int, ...] | None = None
     activation_bytes: int | None = None
+    treatment: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ChainRow:
     ``activation_bytes`` is what the original blocks keep for backward, ``state_bytes`` what the chain keeps in their
     place.  ``drift`` is the relative error that reversing may make (:mod:`mfx.rule.precision`; 0: bit for bit),
     ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
+    ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
+    FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
     ``stored`` says why the chain keeps its activations, if it does, and ``stored_compiled`` why it does so under
     ``torch.compile``.
     """
@@ -55,6 +61,20 @@ class ChainRow:
     tolerance: float | None = None
     stored: str = ""
     stored_compiled: str = ""
+    checkpoint_bytes: int | None = None
+    work: float | None = None
+    free: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What does better: ``"keep"``, ``"checkpoint"`` or ``"reverse"``; empty where that is not known."""
+        if self.state_bytes is None or self.checkpoint_bytes is None or self.snapshots is None:
+            return ""
+        if self.free or not self.pays:
+            return "keep"
+        inverted = len(self.snapshots) < len(self.blocks)
+        better = self.checkpoint_bytes - self.state_bytes < (1 if inverted else 0)
+        return "checkpoint" if better else "reverse"
 
     @property
     def break_even(self) -> int | None:
@@ -72,6 +92,19 @@ class ChainRow:
 
 
 @dataclass(frozen=True)
+class SegmentRow:
+    """Operations outside of chains that a budget has recomputed; ``saved_bytes`` are what they would keep.
+
+    What they are recomputed from waits on the host, where the ``treatment`` is "offload".
+    """
+
+    name: str
+    operations: int
+    saved_bytes: int
+    treatment: str
+
+
+@dataclass(frozen=True)
 class Memory:
     """Predicted bytes kept for backward by one training step's forward."""
 
@@ -85,6 +118,9 @@ class Report:
 
     ``blocks`` has a row for each residual add in order of execution, ``rewritable`` the names of those that
     would become momentum steps, ``chains`` a row for each chain; ``memory`` is None without example inputs.
+    Under an ``activation_budget``, ``segments`` has a row for each piece outside of chains that is recomputed, each
+    block a ``treatment``, and ``forecast`` the peak of a training step (of the part that needs most, where a model is
+    captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
     """
 
     model: str
@@ -92,6 +128,9 @@ class Report:
     chains: tuple[ChainRow, ...]
     memory: Memory | None
     _graph: nx.DiGraph = field(repr=False, compare=False)
+    segments: tuple[SegmentRow, ...] = ()
+    forecast: Forecast | None = None
+    step: StepMemory | None = None
 
     @property
     def rewritable(self) -> list[str]:
@@ -103,8 +142,13 @@ class Report:
         return {
             "model": self.model,
             "blocks": [_jsonable(asdict(row)) for row in self.blocks],
-            "chains": [{**_jsonable(asdict(row)), "break_even": row.break_even} for row in self.chains],
+            "chains": [
+                {**_jsonable(asdict(row)), "break_even": row.break_even, "advice": row.advice} for row in self.chains
+            ],
             "memory": None if self.memory is None else asdict(self.memory),
+            "segments": [asdict(row) for row in self.segments],
+            "forecast": None if self.forecast is None else asdict(self.forecast),
+            "step": None if self.step is None else asdict(self.step),
         }
 
     def to_networkx(self) -> nx.DiGraph:
@@ -112,7 +156,7 @@ class Report:
         return self._graph.copy()
 
     def __str__(self) -> str:
-        if not self.blocks:
+        if not self.blocks and self.forecast is None and self.step is None:
             return f"{self.model}: no residual add was found, nothing to rewrite"
         table = tabulate([_cells(row) for row in self.blocks], headers="keys", disable_numparse=True)
         return "\n".join([table, "", *self._summary()])
@@ -129,6 +173,24 @@ class Report:
             before, after = self.memory.before, self.memory.after
             share = f" ({after / before:.0%})" if before else ""
             yield f"kept for backward: {format_bytes(before)} before, {format_bytes(after)} after{share}"
+        yield from (
+            f"recomputed: {row.name}, {row.operations} operations, {format_bytes(row.saved_bytes)}"
+            + (", from inputs on the host" if row.treatment == "offload" else "")
+            for row in self.segments
+        )
+        if self.forecast is not None:
+            yield from _forecast_lines(self.forecast)
+        if self.step is not None:
+            if self.forecast is None and self.step.where:
+                yield f"most is alive at: {self.step.where}"
+            yield ""
+            yield from self.step.lines()
+
+
+def _forecast_lines(found: Forecast) -> Iterator[str]:
+    peak, plain, least = map(format_bytes, (found.peak, found.plain, found.least))
+    yield f"activations of a training step at most: {peak}, of plain backprop {plain}; the least possible is {least}"
+    yield f"most is alive at: {found.where}"
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -142,6 +204,8 @@ def _cells(row: Row) -> dict[str, object]:
     if row.shape is not None:
         cells["x"] = "x".join(map(str, row.shape))
         cells["activations"] = "" if row.activation_bytes is None else format_bytes(row.activation_bytes)
+    if row.treatment:
+        cells["backward"] = row.treatment
     cells["why kept"] = row.reason
     return cells
 
@@ -163,8 +227,23 @@ def _chain_lines(chain: ChainRow) -> Iterator[str]:
         )
         late = f"; it does not pay before {chain.break_even} such blocks: exclude them to save time"
         yield line if chain.pays else line + late
+        yield from _advice_lines(chain)
     if chain.stored_compiled:
         yield f"chain {chain.index}: under torch.compile its activations are stored: {chain.stored_compiled}"
+
+
+def _advice_lines(chain: ChainRow) -> Iterator[str]:
+    """Where something else would do better than to reverse a chain."""
+    if chain.advice == "keep" and chain.free:
+        yield (
+            f"chain {chain.index}: nothing at all does better: kept, the activations leave the peak where it is and "
+            f"save {chain.work or 0:.1e} FLOPs of recomputation (activation_budget= keeps what fits)"
+        )
+    if chain.advice == "checkpoint":
+        yield (
+            f"chain {chain.index}: a checkpoint around each block does better: it keeps "
+            f"{format_bytes(chain.checkpoint_bytes or 0)} and inverts nothing (gamma=0 for these blocks)"
+        )
 
 
 def _head(chain: ChainRow) -> str:

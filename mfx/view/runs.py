@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mfx.capture import Call
 from mfx.errors import InputTypeError
-from mfx.memory import KeptBytes, StepBytes, step_bytes
+from mfx.memory import KeptBytes, StepBytes, step_bytes, values_of
 from mfx.torch_versions import pytree
 
 Named = dict[str, Tensor]
@@ -152,7 +152,10 @@ def args_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _by_place(output: Any) -> Named:
-    """The tensors of an output, by their place in it; also those in attributes of objects (a cache, a distribution)."""
+    """The tensors of an output, by their place in it; also those in attributes of objects (a cache, a distribution).
+
+    Of a jagged tensor, its values.
+    """
     found: Named = {}
     seen: set[int] = set()
     waiting = [("output", output)]
@@ -161,7 +164,7 @@ def _by_place(output: Any) -> Named:
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             inner = f"{place}{pytree.keystr(path)}"
             if isinstance(leaf, Tensor):
-                found[inner] = leaf
+                found[inner] = values_of(leaf)
             elif isinstance(getattr(leaf, "__dict__", None), dict) and not _is_code(leaf) and id(leaf) not in seen:
                 seen.add(id(leaf))
                 waiting.append((f"{inner}.", vars(leaf)))
@@ -209,11 +212,12 @@ def exactness(values: Iterable[Tensor]) -> float:
 
 def norm(value: Tensor) -> float:
     """The L2 norm of what is finite."""
-    return float(value.detach().double().nan_to_num(0.0, 0.0, 0.0).norm())
+    return float(values_of(value.detach()).double().nan_to_num(0.0, 0.0, 0.0).norm())
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
     """The L2 norm of the difference, in which equal infinities (masks) differ by nothing; infinite for other shapes."""
+    got, expected = values_of(got), values_of(expected)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
     if not expected.is_floating_point() and not expected.is_complex():

@@ -220,6 +220,20 @@ def test_report_and_verify_take_models_that_only_dynamo_follows() -> None:
     assert mfx.verify(Branching(), rows()).ok
 
 
+class Mapped(Net):
+    """A transform of functions in the model, whose tensors are of no use outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(torch.vmap(lambda row: row * torch.sigmoid(row).sum())(self.stem(x))))
+
+
+def test_a_transform_inside_of_the_model_is_captured() -> None:
+    model, x = Mapped(), rows()
+    mm = by_dynamo(model, x, 0.0)
+    assert chain_names(mm) == (("blocks.0", "blocks.1", "blocks.2"),)
+    assert_same(run(mm, x), run(model, x))
+
+
 def test_report_agrees_with_that_of_the_other_capture() -> None:
     model = ConvNet()
     one, other = (mfx.report(model, images(), capture=capture) for capture in ("fx", "dynamo"))

@@ -256,6 +256,45 @@ def test_each_capture_is_proven_once_and_each_mode_is_one(training, monkeypatch)
     assert len(seen) == 2
 
 
+def under_a_transform(mm):
+    torch.func.grad(lambda own: torch.func.functional_call(mm, own, (rows(),)).sum())(dict(mm.named_parameters()))
+
+
+def under_a_trace(mm):
+    torch.jit.trace(mm, (rows(),), check_trace=False)
+
+
+def under_a_compiler(mm):
+    torch.compile(mm, backend="eager")(rows())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("first", [under_a_transform, under_a_trace, under_a_compiler])
+def test_where_a_proof_has_to_wait_the_next_plain_call_is_proven(first, monkeypatch):
+    import mfx.model.state as state
+
+    seen = []
+    monkeypatch.setattr(state, "prove", lambda *args: seen.append(prove(*args)) or seen[-1])
+    mm = mfx.momentumize(Net(), 0.9, capture="fx")
+    first(mm)
+    assert not any(seen)
+    mm(rows()), mm(rows())
+    assert seen.count(True) == 1
+
+
+def test_lazy_parameters_wait_for_the_call_that_finds_their_shapes_there(monkeypatch):
+    import mfx.model.state as state
+
+    seen = []
+    monkeypatch.setattr(state, "prove", lambda *args: seen.append(prove(*args)) or seen[-1])
+    mm = mfx.momentumize(net(lambda self, x: x + self.k(x), k=nn.LazyLinear(4, dtype=torch.float64)), capture="fx")
+    with torch.no_grad():
+        mm(X)
+    assert seen == [False]
+    mm(X)
+    assert seen == [False, True]
+
+
 def test_a_part_with_a_graph_of_its_own_is_taken_whole_in_both_runs():
     model, x = Net(), rows()
     outer = nn.Sequential(mfx.momentumize(model, 0.9, capture="fx"), nn.Linear(2, 2).double())

@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 from compiled import chains, gradients, handed, recording
 from helpers import relative_error
-from nets import Block, ConvNet, Net, images, rows
+from nets import Block, ConvBlock, ConvNet, Net, images, rows
 from torch import nn
 
 import mfx
@@ -81,6 +81,30 @@ def test_two_models_in_one_outer_graph():
     assert len(chains(handed[0])) == 2
 
 
+class Staged(ConvNet):
+    """Two stages with batch norm, whose chains have modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(2, p=0.0)
+        self.down = nn.Conv2d(6, 6, 3, stride=2, padding=1).double()
+        self.more = nn.Sequential(ConvBlock(p=0.0), ConvBlock(p=0.0)).double()
+
+    def forward(self, x):
+        return self.head(self.more(self.down(self.blocks(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("backend", [recording, "aot_eager"])
+def test_every_stage_knows_its_buffers(backend):
+    model, x = Staged(), images()
+    reference = mfx.momentumize(copy.deepcopy(model), 0.8, reversible=False)
+    mm = mfx.momentumize(model, 0.8, example_inputs=x)
+    net = torch.compile(mm, backend=backend, fullgraph=True)
+    assert relative_error(gradients(net, mm, x), gradients(reference, reference, x)) < 1e-10
+    assert relative_error(dict(mm.named_buffers()), dict(reference.named_buffers())) < 1e-12
+    assert all(chains(gm) == ["momentum_0", "momentum_1"] for gm in handed)
+    assert len(handed) == (backend is recording)
+
+
 def test_bytes_kept_do_not_grow_with_depth():
     def kept(depth: int) -> int:
         torch._dynamo.reset()
@@ -129,6 +153,7 @@ def test_a_break_inside_is_an_error():
     with pytest.raises(Exception, match="breaks the graph inside") as caught:
         torch.compile(mm, backend="eager")(rows())
     assert "momentumized" in str(caught.value)
+    assert torch.backends.mha.get_fastpath_enabled(), "what is off inside is on again"
 
 
 def test_breaks_around_the_model_do_no_harm():

@@ -69,6 +69,12 @@ def escape_overwritten(self, x):
         case("scaled by a buffer", lambda self, x: x + x * self.b, Reason.NO_PARAMETERS, "mul", b=torch.ones(4)),
         case("relu_ on x", branch_relu_in_place, Reason.WRITES_SKIP, "relu_"),
         case("a view of x written", branch_writes_view, Reason.WRITES_SKIP, "mul_"),
+        case(
+            "the values of a jagged x written",
+            lambda self, x: x + self.f(x.values().mul_(2)),
+            Reason.WRITES_SKIP,
+            "mul_",
+        ),
         case("relu in place module", lambda self, x: x + self.f(self.r(x)), Reason.WRITES_SKIP, "r", r=nn.ReLU(True)),
         case("x += f(x) with the old x read later", old_name, Reason.READS_OVERWRITTEN, "output"),
         case("escape overwritten", escape_overwritten, Reason.READS_OVERWRITTEN, "relu_"),

@@ -335,3 +335,13 @@ def test_a_block_named_by_patterns_is_the_same_block_in_a_part() -> None:
     y = recurrence(model.encoder[2:], model.encoder[1](recurrence(model.encoder[:1], x)))
     torch.testing.assert_close(mm(x), model.decoder(model.bridge(y)))
     assert isinstance(model.encoder[0], Block)
+
+
+def test_a_method_that_runs_the_blocks_is_captured_without_example_inputs() -> None:
+    """The call that is noted while forward is traced holds symbolic values, which nobody else keeps."""
+    model, x = Methods(p=0.0), rows()
+    mm = mfx.momentumize(model, 0.9)
+    assert torch.equal(mm.head(mm.encode(x)), mm(x))
+    stored = mfx.momentumize(model, 0.9, reversible=False)
+    assert_same(run(mm, x), run(stored, x))
+    assert not torch.allclose(mm(x), model(x))

@@ -254,6 +254,27 @@ def test_cached_generation_at_gamma_zero_is_the_originals() -> None:
     assert torch.equal(mm.generate(prompt, **settings), model.generate(prompt, **settings))
 
 
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("gamma", [0.0, GAMMA])
+def test_gradients_by_keys_and_values_of_a_cache_in_training(make: Callable[[], nn.Module], gamma: float) -> None:
+    """Whole: a layer's keys are read by its own attention too."""
+    model, call = made(make), {"input_ids": words(), "labels": words(), "use_cache": True}
+
+    def gradients(of: nn.Module) -> Any:
+        torch.manual_seed(0)
+        out = of(**call)
+        cache = [value for layer in out.past_key_values.layers for value in (layer.keys, layer.values)]
+        loss = out.loss + cache[2].square().sum()
+        found = torch.autograd.grad(loss, [*cache, *model.parameters()], allow_unused=True)
+        assert all(grad is not None and grad.norm() > 0 for grad in found[: len(cache)])
+        return found
+
+    plain = model if gamma == 0 else mfx.momentumize(model, gamma, example_inputs=call, reversible=False)
+    ours, theirs = gradients(mfx.momentumize(model, gamma, example_inputs=call)), gradients(plain)
+    assert max(relative_error([one], [other]) for one, other in zip(ours[:6], theirs[:6], strict=True)) < 1e-10
+    assert relative_error(ours, theirs) < 1e-10
+
+
 def test_attention_weights_are_handed_out_with_their_gradients() -> None:
     model, call = made(bert), padded()
     model.set_attn_implementation("eager")
@@ -261,9 +282,9 @@ def test_attention_weights_are_handed_out_with_their_gradients() -> None:
 
     def gradients(of: nn.Module) -> Any:
         torch.manual_seed(0)
-        weights = of(**call).attentions
-        loss = sum(weight.square().sum() for weight in weights)
-        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        out = of(**call)
+        loss = out[0].square().sum() + sum(weight.square().sum() for weight in out.attentions)
+        return torch.autograd.grad(loss, [*out.attentions, *model.parameters()], allow_unused=True)
 
     model(**call)
     reversible, stored = (mfx.momentumize(model, GAMMA, example_inputs=call, reversible=r) for r in (True, False))

@@ -12,7 +12,7 @@ from helpers import chain_names
 from torch import nn
 
 import mfx
-from mfx.find import find
+from mfx.find import far, find
 from mfx.options import make_options
 from mfx.plan import plan
 
@@ -35,6 +35,20 @@ def tapped(self, x):
         x = block(x)
         states.append(self.f(x))
     return states
+
+
+def sided(self, x):
+    side = self.f(x)
+    for block in self.blocks:
+        x = x + (self.g(block(x)) * side + side)
+    return x
+
+
+def with_far_skip(self, x):
+    x = far = self.f(x)
+    for block in self.blocks:
+        x = x + (self.g(block(x)) + far)
+    return x
 
 
 def in_a_row(self, x):
@@ -72,6 +86,15 @@ def test_four_times_the_blocks_are_about_four_times_the_work(block, forward):
         return calls(lambda: plan(find(entry.found.flow.graph, entry.found.flow.root), make_options()))
 
     assert work(200) < 4.5 * work(50)
+
+
+@pytest.mark.parametrize("forward", [in_a_row, tapped, with_far_skip])
+def test_a_report_of_four_times_the_blocks_is_about_four_times_the_work(forward, monkeypatch):
+    monkeypatch.setattr(far, "NEAR", 16)
+    monkeypatch.setattr(far, "A_NODE", 4)
+    models = {count: model_of(count, plain, forward) for count in (10, 40, 160)}
+    work = {count: calls(lambda model=model: mfx.report(model)) for count, model in models.items()}
+    assert work[160] - work[40] < 4.5 * (work[40] - work[10])
 
 
 @pytest.mark.slow

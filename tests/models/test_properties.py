@@ -33,6 +33,8 @@ class Learned(nn.Module):
 
 
 fewer = settings(max_examples=settings.default.max_examples // 3)
+few = settings(max_examples=settings.default.max_examples // 5)
+"""For what plans several times a model."""
 velocities = st.sampled_from(("zero", "first", lambda chain: Learned()))
 
 
@@ -176,3 +178,35 @@ def test_the_bytes_kept_do_not_grow_with_depth(block, training):  # M3
 def test_the_simplest_model_is_one_block():
     model = Model((Stage((Block(),)),))
     assert chain_names(mfx.momentumize(build(model))) == (("stages.0.blocks.0",),)
+
+
+@few
+@given(models(), st.floats(0, 1))
+def test_any_budget_is_the_original_model_at_gamma_0_in_both_modes(model, share):  # M1, M5, M6
+    model = replace(model, shapes=True)
+    network = build(model)
+    run_if_possible(network, model)
+    for budget in (0.0, share):
+        mm = momentumized(network, model, gamma=0.0, activation_budget=budget)
+        for training in (not model.training, model.training):
+            set_mode(network, model, training)
+            set_mode(mm, model, training)
+            expected = run_if_possible(network, model)
+            assert_same(run(mm, *inputs(model)), expected, 1e-10)
+
+
+@few
+@given(models(), gammas(), st.floats(0, 1))
+def test_any_budget_is_the_recurrence_of_the_described_model(model, gamma, share):  # M2, M5, M6
+    model = replace(model, shapes=True)
+    network = build(model)
+    run_if_possible(network, model)
+    for budget in (0.0, share):
+        try:
+            mm = momentumized(network, model, gamma=gamma, tolerance=TOLERANCE, activation_budget=budget)
+        except mfx.OptionError:  # no block of that name
+            reject()
+        expected = run_if_possible(Oracle(model, network, gamma, "zero"), model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mfx.DriftWarning)
+            assert_same(run(mm, *inputs(model)), expected, 1e-9)

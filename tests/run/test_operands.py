@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from helpers import assert_same, relative_error, run
 from nets import Net, rows
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import mfx
@@ -184,14 +187,45 @@ class Closed(nn.Module):
         return x + self.inner(x) * self.hidden[0]
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.8])
 @pytest.mark.parametrize("block", [Lent, Closed])
-def test_a_gradient_that_would_be_lost_is_refused(block: type[nn.Module], gamma: float):
-    mm = mfx.momentumize(Net(block=block), gamma, modules="blocks.?")
+def test_at_gamma_0_what_modules_do_not_hold_has_the_gradient_that_the_model_gives_it(block: type[nn.Module]):
+    model = Net(block=block)
+    mm, x, hidden = mfx.momentumize(model, 0.0, modules="blocks.?"), rows(), []
+    if block is Closed:
+        hidden = [each.hidden[0] for each in model.blocks]
+    found = []
+    for each in (mm, model):
+        loss = each(x).square().sum()
+        found.append(torch.autograd.grad(loss, [x, *hidden, *model.parameters()], allow_unused=True))
+    assert [one is None for one in found[0]] == [one is None for one in found[1]]
+    assert relative_error(*found) == 0
+
+
+@pytest.mark.parametrize("block", [Lent, Closed])
+def test_a_gradient_that_would_be_lost_is_refused(block: type[nn.Module]):
+    mm = mfx.momentumize(Net(block=block), 0.8, modules="blocks.?")
     loss = mm(rows()).sum()
     with pytest.raises(mfx.BackwardError, match=r"'blocks\.2'.*do not hold as parameters.*exclude='blocks\.2'") as said:
         loss.backward()
     assert ("'Linear.weight' would get none" in str(said.value)) == (block is Lent)
+
+
+@pytest.mark.parametrize(("whole", "each"), [(None, False), ("blocks.?", False), ("blocks.?", True)])
+def test_at_gamma_0_a_sharded_model_has_the_gradients_of_the_model(whole: Any, each: bool, tmp_path: Path):
+    """fully_shard exchanges parameters of a module while it runs, in both runs; blocks have to be whole for that."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Net(block=Square, p=0.0).float()
+        mm, x = mfx.momentumize(copy.deepcopy(model), 0.0, modules=whole), rows().float().detach()
+        for block in mm.blocks if each else ():
+            fully_shard(block)
+        fully_shard(mm)
+        for network in (model, mm):
+            network(x).square().sum().backward()
+        ours = [parameter.grad.full_tensor() for parameter in mm.parameters()]  # type: ignore[union-attr]
+        assert relative_error(ours, [parameter.grad for parameter in model.parameters()]) < 1e-5
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_swap_that_begins_after_many_right_steps_is_refused_too():

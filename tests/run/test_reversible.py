@@ -413,3 +413,32 @@ def test_one_of_several_values_from_outside_gets_its_gradient(capture):
     assert_same(run(mm, x, condition), run(model, x, condition))
     mm, stored = (mfx.momentumize(model, 0.7, reversible=flag, **given) for flag in (True, False))
     assert_same(run(mm, x, condition), run(stored, x, condition), 1e-9)
+
+
+class Fixed(nn.Module):
+    """x + f(x) that trains a bias alone, so that autograd saves no x of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.f = nn.Linear(width, width)
+        self.f.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Scales(Net):
+    """Writes to states that it has handed on to the next block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, states = self.stem(x), []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return self.head(x).sum() + sum(state.mul_(n + 2).sum() for n, state in enumerate(states[:2]))
+
+
+@pytest.mark.parametrize("whole", [None, "blocks.?"])
+def test_at_gamma_0_states_may_be_written_to_where_the_model_may(whole: str | None) -> None:
+    model, x = Scales(4, block=Fixed), rows()
+    assert_same(run(mfx.momentumize(model, 0.0, modules=whole), x), run(model, x))

@@ -35,10 +35,13 @@ _TWIN = 0x5DEECE66D2C7A9B1
 
 @dataclass(frozen=True)
 class Seed:
-    """A 64-bit seed; ``again`` tells a recomputation from the first run, and changes none of the values."""
+    """A 64-bit seed; ``start``, from which indices are counted, changes none of the values.
+
+    It tells a recomputation from the first run, and one segment from another: a compiler would share what is the same.
+    """
 
     value: Tensor
-    again: bool = False
+    start: int = 0
 
     def twin(self) -> Tensor:
         """What forward keeps, for :meth:`of_twin`."""
@@ -47,13 +50,12 @@ class Seed:
     @staticmethod
     def of_twin(twin: Tensor) -> Seed:
         """The seed as the recomputation writes it."""
-        return Seed(twin ^ _TWIN, again=True)
+        return Seed(twin ^ _TWIN, start=1)
 
     def index(self, count: int) -> Tensor:
         """0, 1, ... on the seed's device."""
-        start = int(self.again)
-        index = torch.arange(start, count + start, device=self.value.device, dtype=torch.int64)
-        return index - 1 if self.again else index
+        index = torch.arange(self.start, count + self.start, device=self.value.device, dtype=torch.int64)
+        return index - self.start if self.start else index
 
 
 def draw_seed(like: Tensor) -> Tensor:
