@@ -3,9 +3,11 @@
 One small model of every timm family, and tiny random configurations of Hugging Face architectures, in float64 and
 train mode with dropout alive.  For each model:
 
-1. it is captured once (fx, or Dynamo where fx cannot follow) and rewritten;
+1. it is captured (fx, or Dynamo where fx cannot follow or the proof refuses what it gave) and rewritten;
 2. at gamma = 0, outputs, gradients and buffers are compared with the original's under the same seed;
-3. at gamma = 0.9, those of the reversible run with those of the stored run.
+3. at gamma = 0.9, those of the reversible run with those of the stored run;
+4. the seconds until the first call has returned (``momentumize`` and a forward) and those of them that the proofs of
+   its captures took; what a proof that refused said.
 
 Usage: ``python benchmarks/survey.py [timm|hf] [NAME ...] [--table results.jsonl ...]``; prints one JSON object a
 model, and with ``--table`` the Markdown table of earlier output.
@@ -19,8 +21,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +32,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mfx
-from mfx.model.conversion import momentum_of
+from mfx.errors import CaptureError
+from mfx.model import state
+from mfx.model.parts import parts_of
+from mfx.model.state import Momentum
 from mfx.pipeline import Passed
 from mfx.plan import plan
 from mfx.rewrite import ByRoot, rewrite
@@ -105,25 +112,69 @@ def _in_a_line(error: Exception) -> str:
     return " ".join((lines if len(told) < 2 else told)[-4:])[:400]
 
 
+@dataclass
+class _Proofs:
+    """What the proofs of one model's captures took, and the first difference where they refused."""
+
+    held: int = 0
+    seconds: float = 0.0
+    refused: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def _proofs_timed() -> Iterator[_Proofs]:
+    """Time each proof meanwhile; what else a first call does runs as it would without them."""
+    found, prove = _Proofs(), state.prove
+
+    def timed(*args: Any) -> bool:
+        start = time.perf_counter()
+        try:
+            held = prove(*args)
+            found.held += held
+            return held
+        except CaptureError as error:
+            found.refused.append(" | ".join(line.strip() for line in str(error).splitlines()[1:3]))
+            raise
+        finally:
+            found.seconds += time.perf_counter() - start
+
+    state.prove = timed
+    try:
+        yield found
+    finally:
+        state.prove = prove
+
+
 def _compare(model: nn.Module, inputs: Any, row: dict[str, Any]) -> None:
     expected = _run(model, inputs)
-    mm = mfx.momentumize(model, 0.0, example_inputs=inputs)
-    momentum = momentum_of(mm)
-    (entry,) = momentum.entries
-    row["capture"] = "dynamo" if momentum.options.capture == "dynamo" else "fx"
-    row["rewritten"] = sum(map(len, entry.passed.plan.names))
-    row["chains"] = len(entry.passed.plan.chains)
-    row["kept"] = sorted({rejection.reason.name for rejection in entry.passed.plan.rejections})
-    row["gamma_0"] = _error(_run(mm, inputs), expected)
+    with _proofs_timed() as proofs:
+        start = time.perf_counter()
+        mm = mfx.momentumize(model, 0.0, example_inputs=inputs)
+        got = _run(mm, inputs, row.setdefault("forward", []))
+        row["first_call"] = row.pop("forward")[0] - start
+    row |= {"proofs": proofs.held, "proof": proofs.seconds, "refused": proofs.refused}
+    sides = [side for side in parts_of(mm).values() if isinstance(side, Momentum)]
+    entries = [side.latest_entry() for side in sides]
+    row["capture"] = "/".join(sorted({"dynamo" if side.options.capture == "dynamo" else "fx" for side in sides}))
+    row["rewritten"] = sum(len(names) for entry in entries for names in entry.passed.plan.names)
+    row["chains"] = sum(len(entry.passed.plan.chains) for entry in entries)
+    row["parts"] = len(sides)
+    row["kept"] = sorted({rejection.reason.name for entry in entries for rejection in entry.passed.plan.rejections})
+    row["gamma_0"] = _error(got, expected)
     mfx.set_gamma(mm, 0.9)
     got = _run(mm, inputs)
-    momentum.options = replace(momentum.options, reversible=False)
-    for index, old in enumerate(momentum.entries):
-        found = old.passed.found
-        planned = plan(found, momentum.options)
-        passed = Passed(found, planned, rewrite(found, planned, ByRoot()))
-        momentum.entries[index] = replace(old, passed=passed)
+    for side in sides:
+        _store(side)
     row["gradients"] = _error(got, _run(mm, inputs))
+
+
+def _store(side: Momentum) -> None:
+    """Run the graphs of a part with stored activations from now on."""
+    side.options = replace(side.options, reversible=False)
+    for index, old in enumerate(side.entries):
+        found = old.passed.found
+        planned = plan(found, side.options, side.place.numbers, side.place.first)
+        side.entries[index] = replace(old, passed=Passed(found, planned, rewrite(found, planned, ByRoot())))
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -134,11 +185,14 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def _run(model: nn.Module, inputs: Any) -> list[list[Tensor]]:
-    """Outputs, gradients of all parameters, buffers; the model is left as it is."""
+def _run(model: nn.Module, inputs: Any, returned: list[float] | None = None) -> list[list[Tensor]]:
+    """Outputs, gradients of all parameters, buffers; the model is left as it is.  Notes when forward has returned."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(0)
-    outputs = [leaf for leaf in _leaves(_call(model, inputs)) if leaf.is_floating_point()]
+    output = _call(model, inputs)
+    if returned is not None:
+        returned.append(time.perf_counter())
+    outputs = [leaf for leaf in _leaves(output) if leaf.is_floating_point()]
     generator = torch.Generator().manual_seed(1)
     pairs = [
         (out, torch.randn(out.shape, generator=generator, dtype=out.dtype)) for out in outputs if out.requires_grad
@@ -181,6 +235,21 @@ def verdict(row: dict[str, Any]) -> str:
     return "right" if right else "WRONG"
 
 
+def cost(rows: list[dict[str, Any]]) -> str:
+    """What the proofs cost, in a sentence; captures by Dynamo need none."""
+    proven = [row for row in rows if row.get("proofs")]
+    if not proven:
+        return "No capture needed a proof."
+    first, without = ([row["first_call"] - row["proof"] * left for row in proven] for left in (0, 1))
+    most = max(proven, key=lambda row: row["proof"])
+    return (
+        f"Until the first call had returned, models with proven captures ({len(proven)}) took {sum(first):.1f} s, "
+        f"{sum(without):.1f} s of them without the proof (medians {median(first):.2f} s and {median(without):.2f} s); "
+        f"the longest, {most['family']}'s, took {most['proof']:.1f} s of {most['first_call']:.1f} s. "
+        f"Captures that a proof refused: {sum(len(row.get('refused', ())) for row in rows)}."
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, after a summary."""
     verdicts = [verdict(row) for row in rows]
@@ -190,21 +259,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{len(rows)} models, {len(residual)} of them residual; {right} ({right / max(len(residual), 1):.0%}) "
         "rewritten, equal to the original at gamma = 0, and with the gradients of the stored run.",
         "",
-        "| family | model | capture | blocks | chains | gamma = 0 | reversible - stored | verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        cost(rows),
+        "",
+        "| family | model | capture | blocks | chains | gamma = 0 | reversible - stored "
+        "| first call, s | without proof | verdict |",
+        "| --- " * 10 + "|",
     ]
     for row, said in zip(rows, verdicts, strict=True):
         why = row.get("reason") or (", ".join(row["kept"]) if said == "kept" else "")
         numbers = [f"{row[key]:.0e}" if key in row else "" for key in ("gamma_0", "gradients")]
-        cells = [
-            row["family"],
-            row.get("model", ""),
-            row.get("capture", ""),
-            row.get("rewritten", ""),
-            row.get("chains", ""),
-        ]
+        known = "first_call" in row
+        seconds = [f"{row['first_call'] - row['proof'] * left:.1f}" if known else "" for left in (0, 1)]
+        cells = [row.get(key, "") for key in ("family", "model", "capture", "rewritten", "chains")]
         said = f"{said}: {why}".replace("|", "/") if why else said
-        lines.append("| " + " | ".join(map(str, [*cells, *numbers, said])) + " |")
+        lines.append("| " + " | ".join(map(str, [*cells, *numbers, *seconds, said])) + " |")
     return "\n".join(lines)
 
 
