@@ -70,10 +70,6 @@ class DriftWarning(MfxWarning):
     """A backward did not reconstruct what is known of a chain's state."""
 
 
-class CompiledStoredWarning(MfxWarning):
-    """Under a compiler a chain keeps its activations, since its random draws cannot be repeated."""
-
-
 class Reason(enum.Enum):
     """Why a residual add stays as it is, or a chain keeps its activations; the text has room for the node's name."""
 
@@ -93,7 +89,6 @@ class Reason(enum.Enum):
     NO_GAMMA = "no gamma given"
     STORED_ON_REQUEST = "reversible=False"
     WITHIN_BUDGET = "the activation budget allows it"
-    UNREPEATABLE = "{node} may draw random numbers that a compiler cannot draw a second time in backward"
 
     def text(self, node: object = None) -> str:
         """The reason in words, naming ``node``."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 try:
-    from torch._higher_order_ops.wrap import tag_activation_checkpoint
+    from torch._compile import _disable_dynamo as not_followed
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -58,7 +59,10 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "backward_number",
+    "by_plain_autograd",
     "children_of",
+    "compiled_alike",
+    "compiled_like",
     "convolution_kernel",
     "current_node",
     "dynamo",
@@ -68,11 +72,11 @@ __all__ = [
     "is_lifted_number",
     "is_recording",
     "keeping_version",
+    "not_followed",
+    "only_explains",
     "pytree",
-    "safe_softmax",
     "source_name",
     "source_of",
-    "tag_activation_checkpoint",
     "when_backward_ends",
     "will_run",
     "without_modes",
@@ -80,6 +84,7 @@ __all__ = [
 
 DYNAMO = {
     "InstructionTranslator": "torch._dynamo.symbolic_convert",
+    "_TorchDynamoContext": "torch._dynamo.eval_frame",
     "TensorVariable": "torch._dynamo.variables",
     "UnspecializedNNModuleVariable": "torch._dynamo.variables.nn_module",
     "_get_closure_vars": "torch._dynamo.guards",
@@ -134,6 +139,45 @@ def is_lifted_number(placeholder: Any) -> bool:
     return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
+def way_of_compiling(compiled: Any) -> Any:
+    """What ``torch.compile`` made a function with, by which another can be made (:func:`compiled_like`); or None."""
+    names = dict(zip(compiled.__code__.co_freevars, compiled.__closure__ or (), strict=True))
+    way = names["self"].cell_contents if "self" in names else None
+    return way if isinstance(way, dynamo()._TorchDynamoContext) else None
+
+
+def by_plain_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Around a derivative within a backward: compiled autograd, which may follow that, does not follow this one."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return contextlib.nullcontext() if module is None or not module.compiled_autograd_enabled else module._disable()
+
+
+def only_explains(backend: Any) -> bool:
+    """Whether it is that of ``torch._dynamo.explain``, which compiles nothing."""
+    return getattr(backend, "__name__", "") == "dynamo_graph_accumulating_compiler"
+
+
+def compiled_alike(one: Any, other: Any) -> bool:
+    """Whether two such ways are the same."""
+    return _settings(one) == _settings(other)
+
+
+def _settings(way: Any) -> tuple[Any, ...]:
+    """What a way of compiling was made of; the backend lies within several wrappers, whose name torch has changed."""
+    backend: Any = way.callback
+    for _ in range(8):
+        inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(
+            backend, "_torchdynamo_orig_callable", None
+        )
+        backend = backend if inner is None else inner
+    return backend, way.fullgraph, *(getattr(way, name, None) for name in ("_dynamic", "compiler_config"))
+
+
+def compiled_like(way: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, compiled in this way."""
+    return way(function)
+
+
 def is_recording() -> bool:
     """Whether operations become a graph as they run."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -185,11 +229,6 @@ def backward_number() -> int:
 def when_backward_ends(call: Callable[[], Any]) -> None:
     """While a backward runs: call this at its end, if it ends well."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
-
-
-def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension that gives 0 where everything is masked."""
-    return torch._safe_softmax(scores, -1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def convolution_kernel(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from compiled import handed
+from compiled import driven, handed
 from hypothesis import HealthCheck, Phase, settings
+
+from mfx.compile import as_backend, inside
+from mfx.compile.pieces import in_pieces
 
 torch.set_num_threads(1)
 collect_ignore = ["mutations.py"]
@@ -28,10 +32,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before or after, and no graph of another test kept."""
+def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before or after, no graph of another test kept; those that are rewritten are."""
     torch._dynamo.reset()
     handed.clear()
+    driven.clear()
+
+    def watched(gm: Any, branches: Any) -> Any:
+        driven.append(gm)
+        return in_pieces(gm, branches)
+
+    for module in (as_backend, inside):
+        monkeypatch.setattr(module, "in_pieces", watched)
     yield
     torch._dynamo.reset()
 

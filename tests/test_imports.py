@@ -107,11 +107,13 @@ def test_only_rewriting_and_capturing_build_graphs():
     assert building == {
         "capture/dynamo.py",
         "capture/tracer.py",
+        "compile/pieces.py",
         "graph/splice.py",
         "rewrite/binding.py",
+        "rewrite/compiled.py",
+        "rewrite/direct.py",
         "rewrite/rewriter.py",
         "rewrite/specs.py",
-        "rewrite/traced.py",
         "rewrite/switches.py",
     }
 

@@ -31,7 +31,7 @@ def free_to_keep(
     ``added`` are the bytes that this adds to what is alive after the forward, for each chain that can be asked about.
     """
     position = found.flow.position
-    asked = [chain for chain in plan.momentum if chain.index in added and chain.eager.reversible]
+    asked = [chain for chain in plan.momentum if chain.index in added and chain.way.reversible]
     room, trials, free = peak.bytes - peak.after_forward, 0, frozenset[int]()
     for chain in sorted(asked, key=lambda chain: position[chain.output], reverse=True):
         if added[chain.index] > room or trials == _MOST:

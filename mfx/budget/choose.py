@@ -55,9 +55,6 @@ def within(
     """
     asked = _Asked(found, binding, root, inputs)
     prices = prices_of(found.flow.graph, root, inputs)
-    prices = replace(
-        prices, barred=frozenset(node for node in found.flow.nodes if not binding.repeats(found.flow, node))
-    )
     learned = callable(plan.options.velocity)
     plan = replace(plan, chains=tuple(replace(chain, plain=chain.at_0 and not learned) for chain in plan.chains))
     order = in_order(found.flow, [chain.blocks for chain in plan.momentum])
@@ -66,7 +63,7 @@ def within(
     plain = peak_of(found.flow.graph, root, inputs)
     bottom = _peak(asked, least)
     wanted = budget * plain.bytes if isinstance(budget, float) else budget
-    if wanted < bottom.bytes and binding.offloads and is_on_accelerator(root, inputs):
+    if wanted < bottom.bytes and is_on_accelerator(root, inputs):
         least, bottom = _offloading(asked, least, wanted)
     allowed = _allowed(budget, plain, bottom)
     ranked = _free(asked, least, bottom, ranked) if isinstance(budget, float) and budget == 0.0 else ranked
@@ -83,7 +80,7 @@ def within(
 def without_budget(plan: Plan) -> Plan:
     """``plan`` without what was chosen for a budget."""
     chains = [replace(chain, kept=frozenset(), plain=False) for chain in plan.chains]
-    chains = [replace(chain, eager=Way()) if chain.eager.reason is Reason.WITHIN_BUDGET else chain for chain in chains]
+    chains = [replace(chain, way=Way()) if chain.way.reason is Reason.WITHIN_BUDGET else chain for chain in chains]
     return replace(plan, chains=tuple(chains), segments=(), offloaded=0, forecast=None)
 
 
@@ -115,7 +112,7 @@ def _peak(asked: _Asked, plan: Plan) -> Peak:
 def _ranked(plan: Plan, found: Found, prices: Prices, binding: Binding) -> list[Block]:
     """Blocks and segments, in the order in which they are to be kept."""
     position = found.flow.position
-    chains = [chain for chain in plan.momentum if binding.way(chain).reversible]
+    chains = [chain for chain in plan.momentum if chain.way.reversible]
     items = [*plan.segments, *(block for chain in chains for block in chain.blocks)]
     items = [item for item in items if prices.saved_by(item.members)]
     items.sort(key=lambda item: prices.work_of(item.members) / prices.saved_by(item.members), reverse=True)
@@ -141,7 +138,7 @@ def keeping(plan: Plan, kept: Sequence[Block]) -> Plan:
     for chain in plan.chains:
         steps = frozenset(step for step, block in enumerate(chain.blocks) if id(block) in ids)
         if steps and len(steps) == len(chain.blocks):
-            chains.append(replace(chain, eager=Way(Reason.WITHIN_BUDGET)))
+            chains.append(replace(chain, way=Way(Reason.WITHIN_BUDGET)))
         else:
             chains.append(replace(chain, kept=steps))
     segments = tuple(segment for segment in plan.segments if id(segment) not in ids)

@@ -5,7 +5,7 @@
 
 1. Dynamo hands over a graph of torch operations whose parameters are inputs.
 2. Its chains of residual blocks are rewritten (:mod:`mfx.pipeline`), each as one operation on tensors.
-3. The result goes to another backend, which traces through the chains, forward and backward.
+3. Their branches, and what lies between them, go to another backend (:mod:`mfx.compile.pieces`).
 
 Block names are module paths relative to the compiled model; where a compiled function calls several models, the
 name it has for each comes first.
@@ -23,12 +23,12 @@ from torch import fx
 
 from mfx.capture.lifted import prepare
 from mfx.compile.breaks import refuse_parts
+from mfx.compile.pieces import in_pieces, is_dynamic
 from mfx.compile.stand_ins import stand_ins
-from mfx.compile.stored import warn_of_stored
 from mfx.errors import InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.options import Gamma, Options, make_options
 from mfx.pipeline import Passed, momentumize_graph
-from mfx.rewrite import Lifted
+from mfx.rewrite import Branches, Lifted
 from mfx.torch_versions import dynamo
 
 Inner = str | Callable[..., Any]
@@ -50,7 +50,12 @@ class Backend:
         """Compile what Dynamo hands over; ``kwargs`` (``mode``, ``options``) go to the inner backend."""
         if not self.graph_breaks:
             refuse_parts(gm)
-        passed = rewrite_graph(gm, example_inputs, self.options)
+
+        def inner(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            return _inner(self.inner)(gm, list(example_inputs), **kwargs)
+
+        branches = Branches.by(inner, is_dynamic(example_inputs))
+        passed = rewrite_graph(gm, example_inputs, self.options, branches)
         if not passed.plan.chains and not passed.plan.segments:
             reasons = sorted({row.text for row in passed.plan.rejections})
             why = "; ".join(reasons[:3]) if reasons else "it has no residual add"
@@ -59,8 +64,8 @@ class Backend:
                 NothingRewrittenWarning,
                 stacklevel=2,
             )
-        module = passed.rewritten.run if passed.plan.chains or passed.plan.segments else gm
-        return _inner(self.inner)(module, list(example_inputs), **kwargs)
+            return inner(gm, example_inputs)
+        return in_pieces(passed.rewritten.run, branches)  # type: ignore[arg-type]
 
 
 def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool = False, **options: Any) -> Backend:
@@ -68,8 +73,8 @@ def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool
 
     Args:
         gamma: as for :func:`mfx.momentumize`.
-        inner: the backend that compiles the rewritten graph: a name (``torch.compiler.list_backends()``), or a
-            callable ``inner(graph_module, example_inputs)``.
+        inner: the backend that compiles branches, and what lies between chains: a name
+            (``torch.compiler.list_backends()``), or a callable ``inner(graph_module, example_inputs)``.
         graph_breaks: a model that Dynamo breaks into several graphs is refused, since each part's chains start with
             a velocity of their own, so that the function would depend on the breaks.  True accepts that.
         **options: ``include``, ``exclude``, ``velocity`` (``"zero"`` or ``"first"``), ``reversible``,
@@ -112,14 +117,13 @@ def entry_point(
     return backend(**(options or {}))(gm, example_inputs, **kwargs)
 
 
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Passed:
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, branches: Branches) -> Passed:
     """Rewrite a graph that Dynamo handed over; ``gm`` keeps its nodes, which get their notes."""
     prepare(gm, example_inputs)
-    binding = Lifted(gm)
+    binding = Lifted(gm, branches)
     passed = momentumize_graph(gm.graph, gm, options, binding)
     if options.activation_budget is not None:
         passed = passed.within(gm, stand_ins(gm.graph, example_inputs), binding)
-    warn_of_stored(passed)
     return passed
 
 

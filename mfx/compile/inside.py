@@ -5,6 +5,7 @@
    added in between: the model's *region* of the outer graph.
 2. When Dynamo hands the graph over, each region becomes a graph of its own, is rewritten with the model's options
    (:mod:`mfx.pipeline`) and takes its old place.  Its chains must be those that the model has outside of a compiler.
+   What lies between chains is compiled by the backend (:mod:`mfx.compile.pieces`).
 3. The parameters of learned velocities are touched in between the hooks, which makes them inputs of the graph.
 
 Nothing here looks at how the model was captured for eager use.
@@ -18,8 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,44 +28,17 @@ from mfx.capture import named_modules
 from mfx.capture.dynamo import pass_by_masks
 from mfx.capture.lifted import kind_of, mark, note_modes, note_shape
 from mfx.capture.named import MODULES, teach
+from mfx.compile.live import Live, Traceable
+from mfx.compile.pieces import has_transforms, in_pieces, is_dynamic
 from mfx.compile.stand_ins import stand_ins
-from mfx.compile.stored import warn_of_stored
 from mfx.errors import CompileError, EntryError, PlanChangedError
 from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
-from mfx.options import Options
-from mfx.pipeline import Place, momentumize_graph
-from mfx.rewrite import Lifted, Velocity
+from mfx.pipeline import momentumize_graph
+from mfx.rewrite import AS_THEY_ARE, Branches, Lifted, Velocity
+from mfx.torch_versions import only_explains
 
 _REGIONS = "_mfx_regions"
-
-
-class Traceable(Protocol):
-    """What compiling needs to know of a momentumized model.
-
-    ``token`` is a text of its own for each model and each change of its options: compiled code is used only for the
-    one it was made for.
-    """
-
-    options: Options
-    token: str
-    place: Place
-
-    def expected(self) -> tuple[tuple[str, ...], ...] | None:
-        """The names of each chain's blocks, where they are known."""
-        ...
-
-    def velocities(self, root: nn.Module) -> list[nn.Module]:
-        """The modules of the learned velocities, one for each chain."""
-        ...
-
-
-_serial = count()
-
-
-def new_token() -> str:
-    """A text that no other model or change of options has."""
-    return f"momentum {next(_serial)}"
 
 
 @dataclass(eq=False)
@@ -126,7 +99,7 @@ def traced_within(module: nn.Module, guard: Any) -> None:
 
     for owner in guard.owners:
         side = owner()
-        if side is not None and side.token == "":  # never so, as in traced()
+        if side is not None and side.stamp == "":  # never so, as in traced()
             return
     comptime(_within)
 
@@ -227,13 +200,16 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
         # Asked once: the inputs of a graph that was joined do not know what Dynamo has them from.
         placeholders = gm.graph.find_nodes(op="placeholder")
         kinds = [kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
+        # What only looks on is shown one graph; inside of transforms chains store, and are compiled as all else.
+        whole = only_explains(compiler) or has_transforms(gm.graph)
+        branches = AS_THEY_ARE if whole else Branches.by(compiler, is_dynamic(example_inputs))
         for number, region in enumerate(regions.closed):
-            gm = _rewritten(gm, kinds, number, region)
+            gm = _rewritten(gm, kinds, number, region, branches)
         # What Dynamo notes on the module that it hands over (why the graph ends, say) goes with what takes its place.
         for name, value in handed.__dict__.items():
             if not name.startswith("_") and name not in gm.__dict__:
                 setattr(gm, name, value)
-        return compiler(gm, example_inputs, *args, **kwargs)
+        return compiler(gm, example_inputs, *args, **kwargs) if whole else in_pieces(gm, branches)
 
     compile_rewritten.__name__ = getattr(compiler, "__name__", "backend")
     for name in ("compiler_name", "get_compiler_config"):
@@ -242,7 +218,9 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
     return compile_rewritten
 
 
-def _rewritten(gm: fx.GraphModule, kinds: Sequence[str], number: int, region: _Region) -> fx.GraphModule:
+def _rewritten(
+    gm: fx.GraphModule, kinds: Sequence[str], number: int, region: _Region, branches: Branches
+) -> fx.GraphModule:
     """``gm``, whose inputs are of these ``kinds``, with the chains of one region as momentum nodes."""
     note_modes(gm.graph)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -259,8 +237,10 @@ def _rewritten(gm: fx.GraphModule, kinds: Sequence[str], number: int, region: _R
     if region.momentum.options.shapes:
         for node in inner.graph.nodes:
             note_shape(node)
-    binding = Lifted(inner, _velocities(region, [inputs[node] for node in velocities]))
     momentum = region.momentum
+    live = Live(momentum, momentum.options)
+    learned = _velocities(region, [inputs[node] for node in velocities])
+    binding = Lifted(inner, branches, learned, live)
     passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, momentum.place)
     expected = region.momentum.expected()
     if expected is not None and passed.plan.names != expected:
@@ -272,7 +252,8 @@ def _rewritten(gm: fx.GraphModule, kinds: Sequence[str], number: int, region: _R
     if momentum.options.activation_budget is not None:
         values = [node.meta.get("example_value") for node in inner.graph.find_nodes(op="placeholder")]
         passed = passed.within(inner, stand_ins(inner.graph, values), binding)
-    warn_of_stored(passed)
+    live.take(passed)
+    momentum.compiled.add(live)
     return join(gm, nodes, passed.rewritten.graph, inputs)
 
 

@@ -56,10 +56,6 @@ class Dataflow:
         """Whether the node may draw random numbers as it is called."""
         return operations.is_random(node, self.root) and not operations.draws_nothing(node)
 
-    def is_repeatable(self, node: fx.Node) -> bool:
-        """Whether what the node draws, if anything, can be drawn again under a compiler."""
-        return not self.may_draw(node) or operations.is_repeatable(node, self.root)
-
     def sees_grad_mode(self, node: fx.Node) -> bool:
         """Whether the node may compute otherwise where gradients are off."""
         return operations.sees_grad_mode(node, self.root)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mfx.graph.draws import RANDOM, is_dropout, module_is_random, module_is_repeatable, module_sees_grad_mode
+from mfx.graph.draws import RANDOM, is_dropout, module_is_random, module_sees_grad_mode
 from mfx.graph.notes import DTYPE_KEPT
 from mfx.torch_versions import DropoutNd, HigherOrderOperator, NormBase, OpOverload
 
@@ -154,14 +154,6 @@ def draws_nothing(node: fx.Node) -> bool:
         return node.kwargs.get("training") is False
     switch = argument(node, 2, "training", node.kwargs.get("train"))
     return is_dropout(name) and (argument(node, 1, "p", 0.5) == 0 or switch is False)
-
-
-def is_repeatable(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a compiler can be given the draw of a random node again."""
-    if node.op == "call_module":
-        return module_is_repeatable(root.get_submodule(str(node.target)))
-    name = name_of(node)
-    return name in RANDOM and RANDOM[name].repeatable
 
 
 def own_generator(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ what it learned, gamma is moved a little with every training step:
 
 Reference: the shapes are those of ``torch.optim.lr_scheduler.LinearLR`` and ``CosineAnnealingLR``; starting from
 gamma = 0 is section 4 of Sander et al., ICML 2021, arXiv 2102.07870 ("fine-tuning").
-Known limits: a compiled model is compiled anew for each gamma; anneal in eager mode, or in a few large steps.
+Known limits: with activation_budget=, a compiled model is compiled anew for each gamma.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Each call looks up the rewritten graph that holds for it (its arguments, tensors
 settings of the modules), and captures the model anew where there is none.  A symbolic capture is proven at its first
 call (:mod:`mfx.capture.proof`, M12).  Every graph must give the chains of the first one: the function must not depend
 on the mode.  Graphs are bounded in number; the one that was not used for longest goes first.
-
 Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
 """
 
@@ -19,20 +18,11 @@ from weakref import WeakSet
 
 from torch import fx, nn
 
-from mfx.capture import (
-    Call,
-    Captured,
-    as_call,
-    capture_dynamo,
-    capture_symbolic,
-    default_form,
-    named_modules,
-    prove,
-)
+from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules, prove
 from mfx.capture.call import Form, refuse_strided
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.capture.tracer import following
-from mfx.compile.inside import new_token
+from mfx.compile.live import Live, new_token
 from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
@@ -65,8 +55,8 @@ class Momentum:
     ``inner`` the modules that do (:func:`mfx.model.parts.guarded_in`).
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
-    ``token`` is a text of its own for each model and each change of its options (:mod:`mfx.compile.inside`);
-    ``holders`` are the modules that have it.
+    ``token``, ``stamp`` and ``compiled`` are those of :class:`mfx.compile.live.Traceable`; ``holders`` are the modules
+    that have it.
     """
 
     def __init__(
@@ -84,18 +74,20 @@ class Momentum:
         self.decisive: set[Any] = set()
         self.hooked: set[str] = set()
         self.recorded: list[Call] | None = None
-        self.token = new_token()
+        self.token, self.stamp = new_token(), ""
+        self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None}
+        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None, "compiled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, token=new_token(), holders=WeakSet())
+        self.__dict__.update(state, token=new_token(), compiled=WeakSet(), holders=WeakSet())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options, self.place, self.method)
-        twin.guarded, twin.inner, twin.chains, twin.places = self.guarded, self.inner, self.chains, self.places
+        twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
+        twin.chains, twin.places = self.chains, self.places
         return twin
 
     @property
@@ -106,6 +98,11 @@ class Momentum:
     def expect(self, chains: tuple[tuple[str, ...], ...], places: dict[str, tuple[str, ...]]) -> None:
         """Fix the chains (names of their blocks) that every graph has to have, and where each residual add is."""
         self.chains, self.places = chains, places
+        self.note_moving()
+
+    def note_moving(self) -> None:
+        """Note which blocks have a gamma other than 0."""
+        self.stamp = " ".join(name for name in self.blocks() if self.options.gamma_of(name))
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -113,7 +110,8 @@ class Momentum:
 
     def specs(self) -> tuple[ChainSpec, ...]:
         """The chains of all graphs so far."""
-        return tuple(chain for entry in self.entries for chain in entry.passed.rewritten.chains)
+        compiled = (chain for live in self.compiled for chain in live.chains)
+        return (*compiled, *(chain for entry in self.entries for chain in entry.passed.rewritten.chains))
 
     def latest(self) -> tuple[ChainSpec, ...]:
         """Those of the graph used last."""
@@ -131,7 +129,10 @@ class Momentum:
 
     def set_options(self, options: Options) -> None:
         """Run with another gamma, or within another budget, from the next forward on."""
-        self.options, self.token = options, new_token()
+        if self.options.activation_budget is not None or replace(self.options, gamma=options.gamma) != options:
+            self.token = new_token()
+        self.options = options
+        self.note_moving()
         self.entries = [replace(entry, passed=entry.passed.with_options(options)) for entry in self.entries]
 
     def expected(self) -> tuple[tuple[str, ...], ...] | None:
@@ -295,6 +296,5 @@ class Momentum:
         """A model must compute one function: chains that differ from the first capture's are an error."""
         places = entry.passed.plan.places
         if self.chains is None:
-            self.chains, self.places = entry.passed.plan.names, places
-            return
+            self.expect(entry.passed.plan.names, places)
         refuse_other_places(self.places, places)

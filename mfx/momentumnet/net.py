@@ -223,7 +223,7 @@ class MomentumNet(nn.Module):
             parameters=parameters,
             modules=(path,),
             buffers=(),
-            statistics={},
+            statistics=(),
             draws=module_is_random(function),
             sees_grad_mode=module_sees_grad_mode(function),
         )

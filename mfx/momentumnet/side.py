@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from mfx.compile.inside import new_token
+from mfx.compile.live import Live, new_token
 from mfx.errors import OptionError
 from mfx.options import Gamma, Options, check_gamma, gamma_of
 from mfx.pipeline import WHOLE, Place
@@ -26,17 +27,21 @@ class NetSide:
     names: tuple[str, ...]
     chain: ChainSpec | None = None
     token: str = field(default_factory=new_token)
+    stamp: str = ""
+    compiled: WeakSet[Live] = field(default_factory=WeakSet)
     place: Place = WHOLE
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "chain": None}
+        return {**self.__dict__, "chain": None, "compiled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, token=new_token())
+        self.__dict__.update(state, token=new_token(), compiled=WeakSet())
 
     def change(self, **options: Any) -> None:
         """Run with other options from the next forward on."""
-        self.options, self.token = replace(self.options, **options), new_token()
+        if options.keys() != {"gamma"}:
+            self.token = new_token()
+        self.options = replace(self.options, **options)
 
     def spec(self, steps: tuple[StepSpec, ...]) -> ChainSpec:
         """The chain of ``steps``; all chains of a net share what their backwards measure."""
@@ -51,9 +56,12 @@ class NetSide:
 
     def specs(self) -> tuple[ChainSpec, ...]:
         """The chain of the last call."""
-        return () if self.chain is None else (self.chain,)
+        compiled = (chain for live in self.compiled for chain in live.chains)
+        return (*compiled, *self.latest())
 
-    latest = specs
+    def latest(self) -> tuple[ChainSpec, ...]:
+        """The chain of the last call outside of compiled code."""
+        return () if self.chain is None else (self.chain,)
 
     def set_gamma(self, gamma: Gamma) -> None:
         """One gamma for all functions."""

@@ -37,7 +37,7 @@ class Chain:
     """Consecutive blocks that share one velocity.
 
     ``taps`` are states before the last that are read outside the chain, ``escapes`` branch values read
-    outside it, both in order.  ``eager`` and ``compiled`` say how it runs as it is, and where a compiler traces it.
+    outside it, both in order.  ``way`` says how it runs.
     ``kept`` are the steps that keep their activations.  A ``plain`` chain runs as the model's own operations, which at
     gamma = 0 it is (M1), so that segments need not end at its blocks.
     ``index`` counts the chains of the plan, ``number`` those of the whole model, and gives the chain its name.
@@ -48,8 +48,7 @@ class Chain:
     rules: tuple[Rule, ...]
     state_dtype: torch.dtype | str
     tolerance: float | None
-    eager: Way
-    compiled: Way
+    way: Way
     number: int
     taps: tuple[fx.Node, ...] = ()
     kept: frozenset[int] = frozenset()
@@ -86,7 +85,7 @@ class Chain:
         dtype = self.input.meta.get(DTYPE, torch.float32)
         found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
         gammas = ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(self.gammas))
-        how = found.note(len(self.blocks)) if self.eager.reversible else "activations kept"
+        how = found.note(len(self.blocks)) if self.way.reversible else "activations kept"
         how = "the model's own operations" if self.plain else how
         return f"gamma {gammas}; {len(self.blocks)} steps; {how}"
 
@@ -98,7 +97,7 @@ class Chain:
     @property
     def at_0(self) -> bool:
         """Whether it is what the model computes, and nothing of it can be inverted."""
-        return self.eager.reversible and all(rule.plain for rule in self.rules)
+        return self.way.reversible and all(rule.plain for rule in self.rules)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -109,11 +108,10 @@ class Chain:
         self,
         dtype: torch.dtype,
         compute: torch.dtype | None = None,
-        same_branches: bool = True,
         float64: bool = True,
     ) -> Schedule:
         """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.snapshots.schedule`."""
-        how = (self.state_dtype, self.tolerance, compute, same_branches, self.cuts, float64)
+        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64)
         return schedule(self.rules, dtype, *how)
 
 

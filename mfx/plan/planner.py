@@ -87,25 +87,16 @@ def _rules(blocks: Iterable[Block], options: Options) -> tuple[Rule, ...]:
 def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) -> Chain:
     inside = {node for block in blocks for node in block.nodes}
     states = [block.output for block in blocks[:-1]]
-    eager = Way() if options.reversible else Way(Reason.STORED_ON_REQUEST)
     return Chain(
         index=index,
         blocks=tuple(blocks),
         rules=_rules(blocks, options),
         state_dtype=options.state_dtype,
         tolerance=options.tolerance,
-        eager=eager,
-        compiled=_compiled(blocks, flow) if eager.reversible else eager,
+        way=Way() if options.reversible else Way(Reason.STORED_ON_REQUEST),
         number=index,
         taps=tuple(state for state in states if any(_taps(user, inside) for user in state.users)),
     )
-
-
-def _compiled(blocks: list[Block], flow: Dataflow) -> Way:
-    """How a chain runs under a compiler, which can rewind no generator."""
-    members = (node for block in blocks for node in block.members)
-    node = next((node for node in members if not flow.is_repeatable(node)), None)
-    return Way() if node is None else Way(Reason.UNREPEATABLE, node)
 
 
 def _taps(user: fx.Node, inside: set[fx.Node]) -> bool:

@@ -2,8 +2,8 @@
 
 :class:`ByRoot`: the graph takes the root module as its first argument, and names what it needs by path.
 :class:`Lifted`: parameters and buffers are placeholders, as in the graphs that Dynamo hands over.  There chains take
-tensors alone, so that compilers can trace them, and what the graph's module holds beside (constants, inner graphs) is
-closed over.  Chains that draw random numbers take a seed.
+tensors alone, their branches are compiled, and what the graph's module holds beside (constants, inner graphs) is
+closed over.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import ADDED
-from mfx.plan import Chain, Way
+from mfx.plan import Chain
 from mfx.rewrite.code import chain_function, compile_graph, segment_function
-from mfx.rewrite.traced import drawn
+from mfx.rewrite.compiled import Branches
 from mfx.rule import StepSpec
 from mfx.run import ChainSpec
-from mfx.run.seeded import draw_seed
 
 Velocity = tuple[Callable[..., Any], tuple[fx.Node, ...]]
 """A function of x_0 and operands that gives v_0, and the operands' nodes."""
 
 
 class Binding(Protocol):
-    """What depends on the form of a graph when chains are put into it."""
+    """What depends on the form of a graph when chains are put into it.
+
+    ``branches`` compile branches, where they are compiled.
+    """
+
+    @property
+    def branches(self) -> Branches | None: ...
 
     def begin(self, graph: fx.Graph) -> tuple[fx.Node, ...]:
         """Begin a new graph; gives what every chain takes first."""
-        ...
-
-    def way(self, chain: Chain) -> Way:
-        """How a chain runs there."""
         ...
 
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
@@ -46,29 +46,16 @@ class Binding(Protocol):
         """v_0 of a chain with a learned velocity."""
         ...
 
-    def keywords(self, graph: fx.Graph, chain: Chain, spec: ChainSpec, x: fx.Node) -> dict[str, Any]:
+    def keywords(self, chain: Chain) -> dict[str, Any]:
         """What a chain takes by keyword."""
-        ...
-
-    @property
-    def offloads(self) -> bool:
-        """Whether what a segment needs may wait on the host."""
         ...
 
     def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
         """What calls a segment."""
         ...
 
-    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
-        """What a segment takes by keyword."""
-        ...
-
-    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
-        """Whether a segment may run the node again."""
-        ...
-
     def measured(self) -> Binding:
-        """The binding by which the bytes of a rewritten graph are measured: by root, and run in the same way."""
+        """The binding by which the bytes of a rewritten graph are measured: by root, with nothing compiled."""
         ...
 
     def finish(self, graph: fx.Graph) -> Callable[..., Any]:
@@ -80,11 +67,10 @@ class Binding(Protocol):
 class ByRoot:
     """The binding of captured graphs; the result is ``run(root, *inputs)``."""
 
+    branches = None
+
     def begin(self, graph: fx.Graph) -> tuple[fx.Node, ...]:
         return (graph.placeholder("root"),)
-
-    def way(self, chain: Chain) -> Way:
-        return chain.eager
 
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
         return chain_function(spec)
@@ -92,22 +78,12 @@ class ByRoot:
     def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
         return graph.call_module(f"{ADDED}.{chain.index}", (x,))
 
-    def keywords(self, graph: fx.Graph, chain: Chain, spec: ChainSpec, x: fx.Node) -> dict[str, Any]:
+    def keywords(self, chain: Chain) -> dict[str, Any]:
         # For who prints the graph.
         return {"plan": chain.note}
 
-    @property
-    def offloads(self) -> bool:
-        return True
-
     def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
         return segment_function(spec, index)
-
-    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
-        return {}
-
-    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
-        return True
 
     def measured(self) -> Binding:
         return self
@@ -120,42 +96,30 @@ class ByRoot:
 class Lifted:
     """The binding of a compiler's graphs; the result is a module with the placeholders of ``gm``.
 
-    ``velocities`` has one entry for each chain, where they are learned.
+    ``branches`` compile branches; ``velocities`` has one entry for each chain, where they are learned; ``now`` is
+    asked, whenever a chain runs, what it is to run with.
     """
 
     gm: fx.GraphModule
+    branches: Branches
     velocities: Sequence[Velocity] = field(default=())
+    now: Callable[[ChainSpec], ChainSpec] = lambda spec: spec
 
     def begin(self, graph: fx.Graph) -> tuple[fx.Node, ...]:
         return ()
 
-    def way(self, chain: Chain) -> Way:
-        # What a budget keeps is kept here as well.
-        return chain.compiled if chain.eager.reversible else chain.eager
-
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
-        return chain_function(spec, self.gm)
+        return chain_function(spec, self.gm, self.now)
 
     def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
         function, operands = self.velocities[chain.index]
         return graph.call_function(function, (x, *(env[operand] for operand in operands)))
 
-    def keywords(self, graph: fx.Graph, chain: Chain, spec: ChainSpec, x: fx.Node) -> dict[str, Any]:
-        draws = spec.reversible and any(step.draws for step in spec.steps)
-        return {"seed": graph.call_function(draw_seed, (x,))} if draws else {}
-
-    @property
-    def offloads(self) -> bool:
-        return False
+    def keywords(self, chain: Chain) -> dict[str, Any]:
+        return {}
 
     def segment(self, spec: StepSpec, index: int) -> Callable[..., Any]:
         return segment_function(spec, index, self.gm)
-
-    def draw(self, graph: fx.Graph, spec: StepSpec, inputs: Sequence[fx.Node]) -> dict[str, Any]:
-        return {"seed": graph.call_function(drawn, tuple(inputs))} if spec.draws else {}
-
-    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
-        return flow.is_repeatable(node)
 
     def measured(self) -> Binding:
         return _Measured(self)
@@ -166,19 +130,9 @@ class Lifted:
 
 @dataclass(frozen=True)
 class _Measured(ByRoot):
-    """The graph of ``lifted``, by root: run eagerly, in the way that it will run compiled."""
+    """The graph of ``lifted``, by root."""
 
     lifted: Lifted
 
-    def way(self, chain: Chain) -> Way:
-        return self.lifted.way(chain)
-
     def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
         return self.lifted.velocity(graph, chain, x, env)
-
-    @property
-    def offloads(self) -> bool:
-        return self.lifted.offloads
-
-    def repeats(self, flow: Dataflow, node: fx.Node) -> bool:
-        return self.lifted.repeats(flow, node)

@@ -13,24 +13,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfx.graph.notes import GIVEN, calling_whole
-from mfx.rewrite.running_statistics import added_up, from_zero, zeros_for
+from mfx.rewrite.regional import as_asked
 from mfx.rewrite.switches import all_left, has_switches
-from mfx.rewrite.traced import traced
 from mfx.rule import StepSpec
 from mfx.rule.precision import default_tolerance
 from mfx.run import ChainSpec, recomputed, run
 from mfx.run.detector import Drift
 
 
-def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[..., Any]:
-    """The chain as a function of its own name, which is what a graph prints; so is ``plan``, which is for readers."""
+def chain_function(
+    spec: ChainSpec, bound: nn.Module | None = None, now: Callable[[ChainSpec], ChainSpec] = lambda spec: spec
+) -> Callable[..., Any]:
+    """The chain as a function of its own name, which is what a graph prints; so is ``plan``, which is for readers.
+
+    ``now`` is asked, at each call of a chain that is ``bound``, what it is to run with.
+    """
 
     def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, plan: str = "") -> Any:
-        return run(spec, root, x, velocity, *operands)
+        return run(as_asked(spec, root), root, x, velocity, *operands)
 
-    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, seed: Any = None) -> Any:
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any) -> Any:
         assert bound is not None
-        return run(spec, bound, x, velocity, *operands, seed=seed)
+        return run(now(spec), bound, x, velocity, *operands)
 
     function = momentum if bound is None else momentum_of_tensors
     function.__name__ = function.__qualname__ = spec.name
@@ -40,18 +44,18 @@ def chain_function(spec: ChainSpec, bound: nn.Module | None = None) -> Callable[
 
 def segment_function(spec: StepSpec, index: int, bound: nn.Module | None = None) -> Callable[..., Any]:
     """A segment as a function of its own name."""
-    apart, drift = from_zero(spec), Drift()
+    drift = Drift()
 
     def told(off: Tensor, dtype: torch.dtype) -> None:
         drift.record(off, spec.name, default_tolerance(dtype))
 
     def segment(root: nn.Module, *inputs: Any) -> Any:
         drift.poll()
-        return added_up(spec, inputs, recomputed(apart, root, *zeros_for(spec, inputs), told=told))
+        return recomputed(spec, root, *inputs, told=told)
 
-    def segment_of_tensors(*inputs: Any, seed: Any = None) -> Any:
+    def segment_of_tensors(*inputs: Any) -> Any:
         assert bound is not None
-        return added_up(spec, inputs, traced(apart, bound, index, *zeros_for(spec, inputs), seed=seed))
+        return segment(bound, *inputs)
 
     function = segment if bound is None else segment_of_tensors
     function.__name__ = function.__qualname__ = f"segment_{index}"

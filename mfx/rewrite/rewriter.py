@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ class Rewritten:
 def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
     """The graph of ``found`` with the chains of ``plan`` as momentum nodes; the original is left as it is."""
     flow = found.flow
-    specs = tuple(spec_of(chain, flow, binding.way(chain)) for chain in plan.chains)
+    specs = tuple(spec_of(chain, flow, binding.branches) for chain in plan.chains)
     graph = fx.Graph()
     first = binding.begin(graph)
     env: dict[fx.Node, fx.Node] = {}
@@ -65,7 +65,8 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
             switches.to(item.output.meta.get(MODES))
             index = plan.segments.index(item)
             away = index if index < plan.offloaded else None
-            _emit_segment(graph, binding, first, item, segment_spec(item, flow, away), index, env)
+            spec = segment_spec(item, flow, away, binding.branches)
+            _emit_segment(graph, binding, first, item, spec, index, env)
         elif not (switches.noted and operations.is_ambient(item)):
             switches.before(item)
             env[item] = graph.node_copy(item, _lookup(item, env, states))
@@ -73,12 +74,18 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
     return Rewritten(graph, binding.finish(graph), specs)
 
 
-def with_rules(rewritten: Rewritten, plan: Plan) -> Rewritten:
-    """``rewritten``, a graph by root, with the rules of a plan of the same chains; branches stay as they are."""
+def chains_with_rules(chains: Sequence[ChainSpec], plan: Plan) -> tuple[ChainSpec, ...]:
+    """``chains`` with the rules of a plan of the same chains; branches stay as they are."""
     specs = []
-    for spec, chain in zip(rewritten.chains, plan.chains, strict=True):
+    for spec, chain in zip(chains, plan.chains, strict=True):
         steps = tuple(replace(step, rule=rule) for step, rule in zip(spec.steps, chain.rules, strict=True))
         specs.append(replace(spec, steps=steps, schedule=chain.schedule))
+    return tuple(specs)
+
+
+def with_rules(rewritten: Rewritten, plan: Plan) -> Rewritten:
+    """``rewritten``, a graph by root, with the rules of a plan of the same chains."""
+    specs = chains_with_rules(rewritten.chains, plan)
     graph = copy.deepcopy(rewritten.graph)
     calls = {spec.name: chain_function(spec) for spec in specs}
     notes = {spec.name: chain.note for spec, chain in zip(specs, plan.chains, strict=True)}
@@ -86,7 +93,7 @@ def with_rules(rewritten: Rewritten, plan: Plan) -> Rewritten:
         name = getattr(node.target, "__name__", "")
         if getattr(node.target, "__module__", "") == "mfx" and name in calls:
             node.target, node.kwargs = calls[name], {**node.kwargs, "plan": notes[name]}
-    return Rewritten(graph, with_calls(rewritten.run, calls), tuple(specs))
+    return Rewritten(graph, with_calls(rewritten.run, calls), specs)
 
 
 def _lookup(
@@ -115,8 +122,7 @@ def _emit(
         outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
         parameters = [graph.get_attr(join_path(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
-    keywords = binding.keywords(graph, chain, spec, x)
-    node = graph.call_function(binding.function(spec), (*first, x, velocity, *groups), keywords)
+    node = graph.call_function(binding.function(spec), (*first, x, velocity, *groups), binding.keywords(chain))
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
         if _without_gradient(value, chain):
@@ -134,7 +140,7 @@ def _emit_segment(
 ) -> None:
     """Add the node of ``segment``, and name its results in ``env``."""
     inputs = [env[source] for source in (segment.skip, *segment.sides)]
-    node = graph.call_function(binding.segment(spec, index), (*first, *inputs), binding.draw(graph, spec, inputs))
+    node = graph.call_function(binding.segment(spec, index), (*first, *inputs))
     for position, value in enumerate((segment.value, *segment.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
 

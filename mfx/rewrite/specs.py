@@ -11,36 +11,30 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from mfx.find import Block
 from mfx.graph.adds import Add
 from mfx.graph.dataflow import Dataflow, get_attribute
-from mfx.graph.notes import MODES
-from mfx.graph.operations import argument
+from mfx.graph.notes import DTYPE, GIVEN, MODES, SCOPE, SHAPE
 from mfx.graph.writes import moves_statistics, running_statistics
-from mfx.plan import Chain, Way
+from mfx.plan import Chain
 from mfx.rewrite.code import compile_graph
-from mfx.rewrite.switches import Switches
+from mfx.rewrite.compiled import Branches
+from mfx.rewrite.switches import Switches, has_switches
 from mfx.rule import Momentum, Rule, StepSpec
+from mfx.rule.carry import EAGER
 from mfx.rule.step import Escape, State
 from mfx.run import ChainSpec
 
-_BY_BATCH: dict[Any, tuple[str, bool]] = {
-    F.batch_norm: ("training", False),
-    F.instance_norm: ("use_input_stats", True),
-}
-"""What decides whether a normalization is by the batch's own statistics, and its default."""
 
-
-def spec_of(chain: Chain, flow: Dataflow, way: Way) -> ChainSpec:
-    """What running ``chain`` needs, where it runs in this ``way``."""
+def spec_of(chain: Chain, flow: Dataflow, branches: Branches | None = None) -> ChainSpec:
+    """What running ``chain`` needs; ``branches`` compile its branches, where they are to be compiled."""
     inside = {node for block in chain.blocks for node in block.nodes}
     values: dict[fx.Node, State | Escape] = {}
     steps = []
     for index, (block, rule) in enumerate(zip(chain.blocks, chain.rules, strict=True)):
-        steps.append(_step(block, rule, values, flow))
+        steps.append(_step(block, rule, values, flow, branches))
         values[block.output] = State(index)
         values.update({node: Escape(index, number) for number, node in enumerate(block.escapes)})
     handed = (chain.output, *chain.taps, *chain.escapes)
@@ -52,14 +46,17 @@ def spec_of(chain: Chain, flow: Dataflow, way: Way) -> ChainSpec:
         schedule=chain.schedule,
         taps=tuple(tap.step for tap in taps),
         copied=frozenset(i for i, value in enumerate(handed) if _overwritten(value, inside, flow)),
-        reversible=way.reversible,
+        reversible=chain.way.reversible,
         kept=chain.kept,
+        kernels=EAGER if branches is None else branches.kernels,
     )
 
 
-def segment_spec(segment: Block, flow: Dataflow, offloaded: int | None = None) -> StepSpec:
+def segment_spec(
+    segment: Block, flow: Dataflow, offloaded: int | None = None, branches: Branches | None = None
+) -> StepSpec:
     """What running a segment needs; no rule is asked for."""
-    return replace(_step(segment, Momentum(0.0), {}, flow), offloaded=offloaded)
+    return replace(_step(segment, Momentum(0.0), {}, flow, branches), offloaded=offloaded)
 
 
 def _overwritten(value: fx.Node, inside: set[fx.Node], flow: Dataflow) -> bool:
@@ -67,17 +64,17 @@ def _overwritten(value: fx.Node, inside: set[fx.Node], flow: Dataflow) -> bool:
     return any(writer not in inside for writer in flow.writers.get(flow.memory[value], ()))
 
 
-def _step(block: Block, rule: Rule, values: dict[fx.Node, State | Escape], flow: Dataflow) -> StepSpec:
+def _step(
+    block: Block, rule: Rule, values: dict[fx.Node, State | Escape], flow: Dataflow, branches: Branches | None
+) -> StepSpec:
     modules = dict.fromkeys(str(node.target) for node in block.members if node.op == "call_module")
     attributes = [str(node.target) for node in block.members if node.op == "get_attr"]
     moved = _running_statistics(block)
     read = [str(node.target) for node in block.members if node.op == "get_attr" and node not in moved]
     buffers = [path for path in read if _is_buffer(flow.root, path)]
-    branch = compile_graph(branch_graph(block, flow), f"branch {block.name}")
+    statistics = tuple(number for number, side in enumerate(block.sides) if side in moved)
     return StepSpec(
         name=block.name,
-        branch=branch,
-        again=compile_graph(branch_graph(block, flow, moved), f"branch {block.name}") if moved else branch,
         rule=rule,
         wrapped=block.kind == "wrapped",
         scale=block.scale,
@@ -86,32 +83,42 @@ def _step(block: Block, rule: Rule, values: dict[fx.Node, State | Escape], flow:
         parameters=_parameters(flow.root, modules, attributes),
         modules=tuple(modules),
         buffers=tuple(dict.fromkeys(split_path(path) for path in buffers)),
-        statistics={number: _factor(block, side) for number, side in enumerate(block.sides) if side in moved},
+        statistics=statistics,
         draws=any(flow.may_draw(node) for node in block.members),
         sees_grad_mode=any(flow.sees_grad_mode(node) for node in block.members),
         branch_first=block.branch_first,
         escapes=len(block.escapes),
+        home=block.output.meta[SCOPE].path if SCOPE in block.output.meta else "",
+        **_functions(block, flow, moved, branches),
     )
+
+
+def _functions(block: Block, flow: Dataflow, moved: set[fx.Node], branches: Branches | None) -> dict[str, Any]:
+    """The branch as functions, compiled or not; and what it may yet be compiled from."""
+    graph = branch_graph(block, flow)
+    copied = _moved_in(graph, block, moved)
+    fixed = has_switches(graph)  # Dynamo follows no switch of modes
+    if branches is not None and not fixed:
+        return {"branch": branches(graph), "again": branches(graph, copied), "compiled": True}
+    branch = again = compile_graph(graph, f"branch {block.name}")
+    if moved:
+        again = compile_graph(branch_graph(block, flow, moved), f"branch {block.name}")
+    fixed |= branches is not None or any(node.op == "call_module" and GIVEN in node.meta for node in graph.nodes)
+    return {"branch": branch, "again": again, "graph": None if fixed else graph, "moved": copied}
+
+
+def _moved_in(graph: fx.Graph, block: Block, moved: Container[fx.Node]) -> tuple[fx.Node, ...]:
+    """What stands in a branch's graph for running statistics that it moves."""
+    paths = {str(node.target) for node in block.members if node.op == "get_attr" and node in moved}
+    sides = graph.find_nodes(op="placeholder")[2:]
+    attributes = [node for node in graph.nodes if node.op == "get_attr" and str(node.target) in paths]
+    return (*attributes, *(node for node, side in zip(sides, block.sides, strict=True) if side in moved))
 
 
 def _running_statistics(block: Block) -> set[fx.Node]:
     """The running statistics that functional normalizations of the branch move."""
     norms = [node for node in block.members if moves_statistics(node)]
     return {source for node in norms for source in running_statistics(node)}
-
-
-def _factor(block: Block, statistic: fx.Node) -> float | None:
-    """What a branch, which adds to a running statistic, multiplies it by; None where that is not known."""
-    factor = 1.0
-    for node in block.members:
-        if statistic in node.all_input_nodes:
-            momentum = argument(node, 6, "momentum", 0.1)
-            if node.target not in _BY_BATCH or not isinstance(momentum, int | float):
-                return None
-            if argument(node, 5, *_BY_BATCH[node.target]) is not True:
-                return None
-            factor *= 1 - momentum
-    return factor
 
 
 def _is_buffer(root: nn.Module, path: str) -> bool:
@@ -145,6 +152,8 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
     env: dict[fx.Node, Any] = {block.skip: graph.placeholder("x")}
     for number, side in enumerate(block.sides):
         env[side] = graph.placeholder(f"side_{number}")
+    for source, placeholder in env.items():
+        placeholder.meta = {note: source.meta[note] for note in (SHAPE, DTYPE) if note in source.meta}
     for side in block.sides:
         # Where buffers are inputs of the graph, they are sides.
         if side in left_out:

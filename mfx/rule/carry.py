@@ -21,6 +21,7 @@ Known limits: see :mod:`mfx.rule.precision`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +63,11 @@ class Floating:
 
 
 class Exact(Floating):
-    """The state on grids; see the module."""
+    """The state on grids; see the module.  ``kernels`` do the arithmetic."""
 
-    def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule) -> None:
+    def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule, kernels: Kernels) -> None:
         super().__init__(steps, plan)
+        self.kernels = kernels
         self.places = _places(tuple(step.rule.decay for step in steps), plan)
         self.grids: dict[int, _Grid] = {}
 
@@ -92,20 +94,18 @@ class Exact(Floating):
             w = _rounded(v.to(x.dtype), grid.per_v)
         else:
             assert v is not None
-            w = self._added(index, x, value).add_(v)
-        return self._moved(index, w).add_(x), w
+            return self.kernels.forward(x, v, *self._branch(index, x, value), self._ratio(index), grid.x)
+        return x + moved(w, self._ratio(index), grid.x), w
 
     def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
         if self.places[index].alone:
             return super().x_before(index, x, v)
-        moved = self._moved(index, v)
-        return torch.sub(x, moved, out=moved)
+        return self.kernels.x_before(x, v, self._ratio(index), self.grids[self.places[index].start].x)
 
     def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
         if index == self.places[index].start:
             return retreat(self.steps[index], x, self.velocity(index + 1, v), value)
-        added = self._added(index, x, value)
-        return torch.sub(v, added, out=added)
+        return self.kernels.w_before(v, *self._branch(index, x, value))
 
     def velocity(self, index: int, v: Tensor) -> Tensor:
         place = self.places[index - 1] if index else None
@@ -113,23 +113,60 @@ class Exact(Floating):
             return v
         return v * (self.grids[place.start].v * place.product)
 
-    def _added(self, index: int, x: Tensor, value: Tensor) -> Tensor:
-        """What a step adds to w."""
+    def _branch(self, index: int, x: Tensor, value: Tensor) -> tuple[Tensor, bool, Tensor]:
+        """F(x), whether nobody else has it, and what it is multiplied by to be added to w."""
         step, place = self.steps[index], self.places[index]
-        branch = branch_of(step, x, value.to(x.dtype))
-        per_v = self.grids[place.start].per_v
-        return _rounded(branch, per_v * (step.rule.pull / place.product), own=branch is not value)
+        given = value if step.scale == 1.0 else value.to(x.dtype)
+        branch = branch_of(step, x, given)
+        per_w = self.grids[place.start].per_v * (step.rule.pull / place.product)
+        return branch, branch is not value, per_w
 
-    def _moved(self, index: int, w: Tensor) -> Tensor:
-        """What a step adds to x."""
+    def _ratio(self, index: int) -> float:
+        """The quantum of w at a step, in that of x."""
         place = self.places[index]
-        ratio = place.quantum / self.plan.grid * place.product
-        return _rounded(w, ratio).mul_(self.grids[place.start].x)
+        return place.quantum / self.plan.grid * place.product
 
 
-def carry(steps: tuple[StepSpec, ...], plan: Schedule) -> Floating:
+@dataclass(frozen=True)
+class Kernels:
+    """What is computed of whole states in exact arithmetic; :data:`EAGER` has the meaning."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    x_before: Callable[..., Tensor]
+    w_before: Callable[..., Tensor]
+
+
+def moved(w: Tensor, ratio: Tensor | float, unit: Tensor) -> Tensor:
+    """What a step moves x by."""
+    return _rounded(w, ratio).mul_(unit)
+
+
+def forward(
+    x: Tensor, w: Tensor, branch: Tensor, own: bool, per_w: Tensor, ratio: Tensor | float, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x', w') of a step, from the state before and F(x), which is used up if it is ``own``."""
+    w = _rounded(branch.to(x.dtype), per_w, own or branch.dtype != x.dtype).add_(w)
+    return moved(w, ratio, unit).add_(x), w
+
+
+def x_before(x: Tensor, w: Tensor, ratio: Tensor | float, unit: Tensor) -> Tensor:
+    """x from (x', w')."""
+    by = moved(w, ratio, unit)
+    return torch.sub(x, by, out=by)
+
+
+def w_before(w: Tensor, branch: Tensor, own: bool, per_w: Tensor) -> Tensor:
+    """w from w' and F(x), which is used up if it is ``own``."""
+    added = _rounded(branch.to(w.dtype), per_w, own or branch.dtype != w.dtype)
+    return torch.sub(w, added, out=added)
+
+
+EAGER = Kernels(forward, x_before, w_before)
+
+
+def carry(steps: tuple[StepSpec, ...], plan: Schedule, kernels: Kernels = EAGER) -> Floating:
     """The arithmetic that ``plan`` asks for."""
-    return Exact(steps, plan) if plan.exact else Floating(steps, plan)
+    return Exact(steps, plan, kernels) if plan.exact else Floating(steps, plan)
 
 
 @dataclass(frozen=True)

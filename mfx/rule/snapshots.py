@@ -13,10 +13,6 @@ The plan, for a chain of N steps, a dtype and a tolerance:
 Before a step in ``cuts`` every candidate keeps the state: there the chain hands its x out, so x is there anyway
 (:mod:`mfx.run.reversible`).  A dtype that the device lacks is no candidate.
 
-Where a recomputation repeats the forward up to rounding only (``same_branches=False``: code that a compiler fuses in
-another way forward and backward), exact arithmetic buys nothing, and floating arithmetic counts with the branches'
-roundoff.
-
 Reference: the error model of :mod:`mfx.rule.precision`.
 Known limits: its L is not known of a model.
 """
@@ -123,7 +119,6 @@ def schedule(
     state_dtype: torch.dtype | str = "auto",
     tolerance: float | None = None,
     compute: torch.dtype | None = None,
-    same_branches: bool = True,
     cuts: tuple[int, ...] = (),
     float64: bool = True,
 ) -> Schedule:
@@ -135,7 +130,6 @@ def schedule(
         state_dtype: at least which dtype the state has; ``"auto"`` leaves the choice to the plan.
         tolerance: relative error allowed; None is :func:`default_tolerance` of the branches' dtype.
         compute: the dtype the branches compute in where it is coarser than ``dtype`` (autocast).
-        same_branches: whether a recomputed branch gives the same bits as in the forward.
         cuts: steps before which the state is kept in any case.
         float64: whether the device has it.
 
@@ -167,7 +161,7 @@ def schedule(
                 f"state_dtype={state_dtype!r}: the device of the chain's input has no float64. Leave the choice to the "
                 'plan (state_dtype="auto"), which keeps snapshots instead'
             )
-    found = list(_candidates(rules, states, coarse, allowed, same_branches, frozenset(cuts)))
+    found = list(_candidates(rules, states, coarse, allowed, frozenset(cuts)))
     kept = dtype if state_dtype == "auto" else states[0]
     found.append(Schedule(kept, tuple(range(len(rules))), allowed))
     steps = len(rules)
@@ -179,14 +173,13 @@ def _candidates(
     states: list[torch.dtype],
     compute: torch.dtype,
     allowed: float,
-    same_branches: bool,
     cuts: frozenset[int],
 ) -> Iterator[Schedule]:
     for state in states:
         finer = roundoff(state) < roundoff(compute)
-        if not (finer and same_branches):
+        if not finer:
             yield _floating(rules, state, max(roundoff(state), roundoff(compute)), allowed, cuts)
-        if same_branches and (finer or state == torch.float64) and state in FINEST:
+        if (finer or state == torch.float64) and state in FINEST:
             for share, aim, headroom, snapshots in MARGINS[compute]:
                 found = _exact(rules, state, allowed, Margin(share * allowed, aim, headroom), cuts)
                 if snapshots or cuts.issuperset(found.snapshots):

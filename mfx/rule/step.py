@@ -7,7 +7,7 @@ tensors and its two numbers alone.  A plain step computes what the model compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +40,16 @@ class StepSpec:
     ``branch(root, x, *sides) -> (value, *escapes)``.  Of its ``sides``, None stands for a value from outside the
     chain.  Its operands are the values from outside, then one tensor for each of ``parameters``, which are given
     by all their names (path of the owner, name) in the branch.  ``again`` is the branch as it is recomputed: it
-    moves no running statistics, which are the sides numbered in ``statistics``, with the factor by which the branch
-    multiplies each before it adds to it, where that is known.  ``modules`` are called whole by the branch,
-    ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode``
-    whether it may compute otherwise without gradient (fast paths of attention).  ``written`` is the operand
-    ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has; ``branch_first``
-    says whether its add takes the branch first, which may decide the memory format of the sum, and so what later
-    dropout draws; ``escapes`` how many values from inside are handed out.  Of a segment whose inputs wait on the host,
-    ``offloaded`` is its number among those.
+    moves no running statistics, which are the sides numbered in ``statistics``.  ``modules`` are called whole by the
+    branch, ``buffers`` read by it; ``draws`` says whether it may draw random numbers, ``sees_grad_mode`` whether it may
+    compute otherwise without gradient (fast paths of attention), ``compiled`` that it is, and so does.  ``written`` is
+    the operand ("skip" or "branch") that an in-place add of the original wrote into, whose dtype the result has;
+    ``branch_first`` says whether its add takes the branch first, which may decide the memory format of the sum, and so
+    what later dropout draws; ``escapes`` how many values from inside are handed out.  Of a segment whose inputs wait on
+    the host, ``offloaded`` is its number among those.
+
+    Where the branch may yet be compiled, ``graph`` is what it is made of, ``moved`` the running statistics in it; the
+    block is in the module ``home``.
     """
 
     name: str
@@ -61,11 +63,15 @@ class StepSpec:
     parameters: tuple[tuple[tuple[str, str], ...], ...]
     modules: tuple[str, ...]
     buffers: tuple[tuple[str, str], ...]
-    statistics: Mapping[int, float | None]
+    statistics: tuple[int, ...]
     draws: bool
     sees_grad_mode: bool
     branch_first: bool = False
     escapes: int = 0
+    compiled: bool = False
+    home: str = ""
+    graph: Any = None
+    moved: tuple[Any, ...] = ()
     offloaded: int | None = None
 
     def result_dtype(self, x: torch.dtype, value: torch.dtype) -> torch.dtype:

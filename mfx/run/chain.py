@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.rule.carry import Floating
+from mfx.rule.carry import EAGER, Floating, Kernels
 from mfx.rule.snapshots import Schedule
 from mfx.rule.step import Escape, State, StepSpec
 from mfx.run.detector import Drift
@@ -25,9 +25,9 @@ class ChainSpec:
     ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies; ``kept`` the steps
     that keep their activations all the same where the chain is ``reversible``.
-    ``schedule(dtype, compute, same_branches, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`;
-    ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no gradient is lost,
-    ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
+    ``schedule(dtype, compute, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`; ``kernels`` do the arithmetic
+    of its state; ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no
+    gradient is lost, ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ChainSpec:
     kept: frozenset[int] = frozenset()
     index: int = 0
     drift: Drift = field(default_factory=Drift)
+    kernels: Kernels = EAGER
     proven: set[int] = field(default_factory=set)
     followed: set[int] = field(default_factory=set)
 

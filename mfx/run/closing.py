@@ -1,8 +1,5 @@
 """Closing: the autograd node through which all values of a segment of a chain leave, and at which its backward starts.
 
-Under a compiler, which would compute what forward and backward have in common once and keep it, snapshots are kept as
-*twins*: their bits as whole numbers, one of them turned.
-
 :class:`Rewind` is made when a backward begins: it holds the state, which each step takes as it is after it and leaves
 as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is known, what was reconstructed is held against
 it (:mod:`mfx.run.detector`).
@@ -21,11 +18,10 @@ from mfx.errors import BackwardError
 from mfx.memory import values_of
 from mfx.rule.zeros import with_zeros
 from mfx.run.chain import ChainSpec
-from mfx.run.conditions import compiling
 from mfx.run.detector import Distance, pieces, size_of
 from mfx.run.recompute import saved_tensors
 from mfx.run.tape import Left, Recorder, Setting, Slot, State
-from mfx.torch_versions import FakeTensor
+from mfx.torch_versions import FakeTensor, not_followed
 
 After = tuple["Tensor | None", "Tensor | None"]
 
@@ -52,13 +48,13 @@ class Close(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x, v = recorder.state
         kept = [tensor for pair in recorder.snapshots.values() for tensor in pair if tensor is not None]
-        kept = list(map(_twin_of, kept)) if compiling(x) else _apart(kept, values[len(values) - held :])
+        kept = _apart(kept, values[len(values) - held :])
         inverts = recorder.end - 1 not in setting.plan.snapshots
         assert v is not None
         once = [tensor for tensor in (start, recorder.zeros) if tensor is not None]
         ctx.save_for_backward(*(_apart([x, v], values[len(values) - held :]) if inverts else []), *once, *kept)
-        size = None if inverts or compiling(x) else size_of(x)
-        ctx.slot, ctx.dtype = slot, x.dtype
+        size = None if inverts else size_of(x)
+        ctx.slot = slot
         ctx.left = Left.of(setting, recorder, start is not None, size)
         recorder.snapshots, recorder.zeros = {}, None
         last = recorder.end == len(setting.chain.steps)
@@ -69,6 +65,7 @@ class Close(torch.autograd.Function):
         return (_alias(x.to(recorder.dtype)), None if last else _alias(edge_v), *escapes, *kept)
 
     @staticmethod
+    @not_followed
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         refuse_double_backward(ctx.left.setting.chain)
         ctx.slot.rewind = rewind_of(ctx)
@@ -82,8 +79,7 @@ def rewind_of(ctx: Any) -> Rewind:
     saved = iter(saved_tensors(ctx, f"an output of {left.setting.chain.name}, or a value it keeps,"))
     end = (next(saved), next(saved)) if left.inverts_last else None
     start, zeros = (next(saved) if there else None for there in (left.starts, left.counts))
-    kept = (value if value.is_floating_point() else _of_twin(value, ctx.dtype) for value in saved)
-    snapshots = {index: (next(kept), next(kept) if both else None) for index, both in left.layout}
+    snapshots = {index: (next(saved), next(saved) if both else None) for index, both in left.layout}
     return Rewind(left, end, start, snapshots, zeros)
 
 
@@ -146,7 +142,7 @@ class Rewind:
         setting = self.left.setting
         known = index == 0 or v is not None or setting.chain.steps[index].rule.decay == 0
         gone = all(one is None for one in after)
-        if not known or (gone and self.left.size is None) or compiling(x) or isinstance(x, FakeTensor):
+        if not known or (gone and self.left.size is None) or isinstance(x, FakeTensor):
             return
         v = self.start if index == 0 else v
         drift, carry = Distance(), setting.carry
@@ -222,19 +218,6 @@ def _constants(values: Sequence[Any], needed: Sequence[bool]) -> list[bool]:
 
 def _alias(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _twin_of(value: Tensor) -> Tensor:
-    """The bits of ``value``, one of them turned, as whole numbers."""
-    return value.view(_BITS[value.element_size()]) ^ 1
-
-
-def _of_twin(twin: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of a twin."""
-    return (twin ^ 1).view(dtype)
 
 
 def _with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -202,7 +202,7 @@ def _was_written(module: nn.Module, name: str, buffer: torch.Tensor, version: in
 
 
 def compiling(x: torch.Tensor) -> bool:
-    """Whether the code that runs will be fused, forward and backward each in its own way."""
+    """Whether what runs is traced to be compiled."""
     return torch.compiler.is_compiling() or isinstance(x, FunctionalTensor)
 
 
@@ -211,11 +211,6 @@ def is_symbolic(tensor: torch.Tensor | None) -> bool:
     if tensor is None:
         return False
     return isinstance(values_of(tensor), (FakeTensor, FunctionalTensor)) or tensor.is_meta
-
-
-def is_functional(tensor: torch.Tensor | None) -> bool:
-    """Whether a compiler traces: then a tensor may be an input of what it compiles, which nothing may write to."""
-    return tensor is not None and isinstance(values_of(tensor), FunctionalTensor)
 
 
 def _runs_without_buffers(module: nn.Module) -> bool:

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 
-from mfx.errors import BackwardError
+from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.step import StepSpec
 
 Owner = tuple[nn.Module, str]
@@ -109,6 +110,16 @@ def storages_of(tensors: Sequence[Any]) -> tuple[int | None, ...]:
     """
     plain = (type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors)
     return tuple(t.untyped_storage()._cdata if told else None for t, told in zip(tensors, plain, strict=True))
+
+
+def refuse_lazy(steps: Sequence[StepSpec], operands: Sequence[Sequence[Any]]) -> None:
+    """Raise where a parameter has no shape yet."""
+    for step, group in zip(steps, operands, strict=True):
+        if any(is_lazy(operand) for operand in group):
+            raise InputTypeError(
+                f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
+                "gradients (torch.no_grad()) first"
+            )
 
 
 def refuse_moved(

@@ -35,6 +35,7 @@ from mfx.run.operands import (
 from mfx.run.tape import Setting
 from mfx.run.watched import Watch
 from mfx.run.watching import saving
+from mfx.torch_versions import by_plain_autograd
 
 
 class Turn(Protocol):
@@ -115,10 +116,10 @@ class Rerun:
         step, x = self.step, turn.inside.detach().to(self.dtype)
         differentiable = (grad is not None or any(one is not None for one in grad_extra)) and any(wanted)
         given = operands[len(step.sides) :]
-        with self.conditions.restored(), parameters_as_operands(self.owners, given) as parameters:
+        with self.conditions.restored(step.compiled), parameters_as_operands(self.owners, given) as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
             del x
-            with torch.set_grad_enabled(differentiable), self.watch.again():
+            with torch.set_grad_enabled(differentiable or step.compiled), self.watch.again():
                 values = [*self._run([as_inner(leaf) for leaf in leaves[: 1 + len(step.sides)]])]
             values += self.watch.recomputed(step.name, grad_extra[len(values) - 1 :])
             turn.pass_on(values[0].detach())
@@ -145,7 +146,7 @@ class Rerun:
     def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
         setting = self.setting
         x, *sides = values
-        with setting.autocast(), self.conditions.rewound(), setting.draws(self.index, again=True):
+        with setting.autocast(), self.conditions.rewound():
             return self.step.again(setting.root, x, *sides)
 
     def _refuse_lost(
@@ -199,7 +200,8 @@ def _gradients(
     if not pairs or not asked:
         return [None] * len(leaves)
     reached, given = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
+    with by_plain_autograd():
+        found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
@@ -215,15 +217,18 @@ def conditions_of(
 
 @contextlib.contextmanager
 def as_recomputed(step: StepSpec) -> Iterator[None]:
-    """The grad mode of the recomputation, for branches that look at it.
+    """The grad mode of the recomputation, for branches that look at it, and compiled ones.
 
     What autograd saves goes with the branch's value (M14).  Dropped altogether, a branch that differentiates inside
     could not run.
     """
-    if not step.sees_grad_mode:
-        yield
-        return
-    with torch.enable_grad(), saving():
+    if step.compiled:
+        with torch.enable_grad():
+            yield
+    elif step.sees_grad_mode:
+        with torch.enable_grad(), saving():
+            yield
+    else:
         yield
 
 

@@ -9,8 +9,6 @@
 3. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
    conditions of the first run (:mod:`mfx.run.recompute`), differentiates it, and leaves (x, v).  Its gradients leave at
    once, so the last block's come first (M10).
-4. A compiler that sees forward and backward compute the same from one snapshot would do so once, and keep all of it in
-   between.  So it is given the snapshot as a *twin*, with some bits turned, which backward turns back.
 
 Reference: Sander et al., ICML 2021, arXiv 2102.07870, section 3.2.
 Known limits: first derivatives only; double backward raises (M8).  Under ``torch.func`` transforms and
@@ -26,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.carry import carry
@@ -35,16 +32,23 @@ from mfx.rule.step import StepSpec, added, check_velocity, passed_on, pulled
 from mfx.run.beside import joined
 from mfx.run.chain import ChainSpec, Inner, stored
 from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
-from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_functional, is_symbolic
-from mfx.run.operands import Parameters
-from mfx.run.recompute import Rerun, as_recomputed, saved_tensors
-from mfx.run.seeded import Seed
+from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
+from mfx.run.operands import Parameters, refuse_lazy
+from mfx.run.recompute import Rerun, as_inner, as_recomputed, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer
 from mfx.run.uninverted.kept import kept_step
 from mfx.run.uninverted.plain import is_plain, plain
 from mfx.run.watched import refuse_watched
 from mfx.run.watching import Followed
-from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, keeping_version, pytree
+from mfx.torch_versions import (
+    forward_derivative_is_on,
+    functions_are_transformed,
+    has_float64,
+    is_recording,
+    keeping_version,
+    not_followed,
+    pytree,
+)
 
 
 def run(
@@ -53,19 +57,15 @@ def run(
     x: Tensor,
     velocity: Tensor | None,
     *operands: Sequence[Any],
-    seed: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order.
-
-    While a compiler traces, random operations draw from ``seed`` (:mod:`mfx.run.seeded.random`).
-    """
+    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order."""
     check_velocity(chain.name, x, velocity)
     plan = _schedule(chain, x)
     if chain.reversible and _wants_gradient(x, velocity, operands):
-        _refuse_lazy(chain, operands)
+        refuse_lazy(chain.steps, operands)
         if is_plain(chain, plan, x):
             return _copies(chain, plain(chain, plan, root, x, operands))
-        return _reversible(chain, plan, root, x, velocity, operands, seed)
+        return _reversible(chain, plan, root, x, velocity, operands)
     state = x.to(plan.state_dtype)
     velocity = None if velocity is None else velocity.to(plan.state_dtype)
     return stored(chain, carry(chain.steps, plan), root, state, velocity, operands, x.dtype)
@@ -85,13 +85,15 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
             "with layout=torch.jagged"
         )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    how = (autocast_dtype(x.device, dtype), not compiling(x))
-    return chain.schedule(dtype, *how, float64=has_float64(x.device))
+    return chain.schedule(dtype, autocast_dtype(x.device, dtype), float64=has_float64(x.device))
 
 
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
     """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
     if not torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    # What becomes a graph, forward and backward, says itself what is kept in between.
+    if is_recording() or compiling(x):
         return False
     if functions_are_transformed() or forward_derivative_is_on():
         return False
@@ -106,11 +108,10 @@ def _reversible(
     x: Tensor,
     v: Tensor | None,
     operands: Sequence[Sequence[Any]],
-    seed: Tensor | None,
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
     chain.drift.poll()
-    setting = _setting(chain, plan, root, x, seed)
+    setting = _setting(chain, plan, root, x)
     states = [(x.detach().to(plan.state_dtype), None if v is None else v.detach().to(plan.state_dtype))]
     inner, dtype, start, begin = Inner(chain), x.dtype, states[0][1], 0
     for end in chain.ends:
@@ -160,18 +161,15 @@ def _closed(
     return out, v
 
 
-def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, seed: Tensor | None) -> Setting:
+def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor) -> Setting:
     """What all steps of the forward that starts from x have in common."""
-    drawn = None if seed is None else Seed(seed)
     return Setting(
         chain,
         plan,
         root,
         autocast=Autocast.current(x.device),
-        carry=carry(chain.steps, plan),
+        carry=carry(chain.steps, plan, chain.kernels),
         symbolic=is_symbolic(x),
-        seed=drawn,
-        twin=None if drawn is None else drawn.twin(),
         observer=newest_observer(chain.name, plan),
     )
 
@@ -205,13 +203,14 @@ class Step(torch.autograd.Function):
         ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         known = edge_x if index == recorder.first and x is begin and edge_x.dtype == recorder.dtype else None
         del begin
-        value, *extra = _first_run(ctx.rerun, x, given, to_save, known)
+        value, *extra = _first_run(ctx.rerun, x, given, to_save, known, ctx.needs_input_grad[5])
         del x
         recorder.escapes = len(extra)
         state = recorder.advance(setting, index, value, any(ctx.needs_input_grad))
         return (*state, *extra, *ctx.rerun.watch.taken(given))
 
     @staticmethod
+    @not_followed
     def backward(ctx: Any, *grads_out: Tensor | None) -> Any:
         grad_x, grad_v, *grad_extra = grads_out
         rerun: Rerun = ctx.rerun
@@ -221,7 +220,7 @@ class Step(torch.autograd.Function):
             raise out_of_turn(setting.chain, index)
         turn = Turn(ctx.slot.rewind, index)
         operands = rerun.operands(iter(saved_tensors(ctx, f"a parameter or side input of block {step.name!r}")))
-        value = pulled(step, grad_x, grad_v, own=not is_functional(grad_v))
+        value = pulled(step, grad_x, grad_v, own=True)
         refuse_watched(step.name, ctx.slot.of_step(index) if value is not None else ())
         grads: list[Tensor | None] = [None] * (1 + len(operands))
         if turn.divides or value is not None or any(grad is not None for grad in grad_extra):
@@ -237,9 +236,12 @@ class Step(torch.autograd.Function):
 
 
 def _first_run(
-    rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool], known: Tensor | None
+    rerun: Rerun, x: Tensor, operands: Sequence[Any], saved: Sequence[bool], known: Tensor | None, wanted: bool
 ) -> list[Any]:
-    """The values of a step's branch, without history; ``known`` is x with its history, where that is there."""
+    """The values of a step's branch, without history; ``known`` is x with its history, where that is there.
+
+    ``wanted`` says whether the recomputation will be asked for a gradient of x.
+    """
     setting, step, index = rerun.setting, rerun.step, rerun.index
     sides = operands[: len(step.sides)]
     _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
@@ -248,9 +250,10 @@ def _first_run(
     first = bool(rerun.watch.keeping) and index not in setting.chain.followed
     followed = Followed([x, *operands]) if first else None
     once = (rerun.conditions.recorded(), rerun.watch.first())
-    with setting.autocast(), once[0], once[1], as_recomputed(step), setting.draws(index, again=False):
+    with setting.autocast(), once[0], once[1], as_recomputed(step):
         # A view, as in the recomputation: hooks that keep it get no leaf.
-        inner = x.detach().requires_grad_().view_as(x) if step.sees_grad_mode else x
+        alike = step.sees_grad_mode or step.compiled
+        inner = as_inner(x.detach().requires_grad_(wanted or not step.compiled)) if alike else x
         entry = inner.to(rerun.dtype)
         if followed is not None:
             followed.known[entry] = False
@@ -288,13 +291,4 @@ def _refuse_containers(step: StepSpec, values: list[Any], what: str) -> None:
             raise BackwardError(
                 f"block {step.name!r}: its branch {what} tensors inside a {type(value).__name__}, and their gradients "
                 f"would be lost. Pass them on one by one, or keep the block as it is with exclude={step.name!r}"
-            )
-
-
-def _refuse_lazy(chain: ChainSpec, operands: Sequence[Sequence[Any]]) -> None:
-    for step, group in zip(chain.steps, operands, strict=True):
-        if any(is_lazy(operand) for operand in group):
-            raise InputTypeError(
-                f"block {step.name!r} has a lazy module whose parameters have no shape yet: run the model once without "
-                "gradients (torch.no_grad()) first"
             )

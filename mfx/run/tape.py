@@ -22,8 +22,6 @@ from mfx.rule.snapshots import Schedule
 from mfx.rule.zeros import counted_zeros
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast
-from mfx.run.seeded import Seed, counted
-from mfx.torch_versions import is_recording
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 State = tuple[Tensor, "Tensor | None"]
@@ -47,7 +45,7 @@ def observing(observer: Observer, begin: Callable[[str, Schedule], None] = lambd
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What all steps of one forward have in common; ``seed`` and its ``twin`` are for what a compiler traces."""
+    """What all steps of one forward have in common; ``symbolic`` says that there are no values, only shapes."""
 
     chain: ChainSpec
     plan: Schedule
@@ -55,17 +53,7 @@ class Setting:
     autocast: Autocast
     carry: Floating
     symbolic: bool
-    seed: Seed | None = None
-    twin: Tensor | None = None
     observer: Observer | None = None
-
-    def draws(self, index: int, again: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a branch, in both of its runs: what a compiler traces takes its random values from the seed."""
-        step = self.chain.steps[index]
-        if not self.symbolic or not (self.seed is not None or is_recording()):
-            return contextlib.nullcontext()
-        seed = self.seed if self.twin is None or not again else Seed.of_twin(self.twin)
-        return counted(seed if step.draws else None, index, step.name)
 
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""

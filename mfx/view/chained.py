@@ -49,13 +49,11 @@ def activation_bytes(block: Block, sizes: Mapping[fx.Node, int]) -> int | None:
 
 def _row(chain: Chain, found: Found, sizes: Mapping[fx.Node, int]) -> ChainRow:
     dtype: torch.dtype | None = chain.input.meta.get(DTYPE)
-    row = ChainRow(
-        chain.number, chain.names, chain.gammas, stored=chain.eager.text, stored_compiled=chain.compiled.text
-    )
+    row = ChainRow(chain.number, chain.names, chain.gammas, stored=chain.way.text)
     if dtype is None or not sizes:
         return row
     row = replace(row, activation_bytes=sum(activation_bytes(block, sizes) or 0 for block in chain.blocks))
-    if chain.plain or not chain.eager.reversible:
+    if chain.plain or not chain.way.reversible:
         return row
     device = next((parameter.device for parameter in found.flow.root.parameters()), torch.device("cpu"))
     schedule = chain.schedule(dtype, autocast_dtype(device, dtype), float64=has_float64(device))

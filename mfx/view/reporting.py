@@ -197,7 +197,7 @@ def _treatment(chain: Chain, step: int, seen: _Seen) -> str:
         return ""
     if chain.plain:
         return _outside_chains(chain.blocks[step].output, seen)
-    if step in chain.kept or not chain.eager.reversible:
+    if step in chain.kept or not chain.way.reversible:
         return "keep"
     return "reverse" if chain.rules[step].decay else "recompute"
 

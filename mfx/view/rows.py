@@ -44,8 +44,7 @@ class ChainRow:
     ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
     FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
-    ``stored`` says why the chain keeps its activations, if it does, and ``stored_compiled`` why it does so under
-    ``torch.compile``.
+    ``stored`` says why the chain keeps its activations, if it does.
     """
 
     index: int
@@ -60,7 +59,6 @@ class ChainRow:
     rounding: float | None = None
     tolerance: float | None = None
     stored: str = ""
-    stored_compiled: str = ""
     checkpoint_bytes: int | None = None
     work: float | None = None
     free: bool = False
@@ -228,8 +226,6 @@ def _chain_lines(chain: ChainRow) -> Iterator[str]:
         late = f"; it does not pay before {chain.break_even} such blocks: exclude them to save time"
         yield line if chain.pays else line + late
         yield from _advice_lines(chain)
-    if chain.stored_compiled:
-        yield f"chain {chain.index}: under torch.compile its activations are stored: {chain.stored_compiled}"
 
 
 def _advice_lines(chain: ChainRow) -> Iterator[str]:

@@ -94,7 +94,7 @@ def test_all_is_kept_as_in_the_plain_model_where_the_whole_is_allowed():
     run(mm, x)  # what is proven at a first call is no part of a step
     assert kept_bytes(mm, x) == kept_bytes(model, x)
     mm, plan = planned(model, x, 1.0, gamma=0.9)
-    assert [chain.eager.text for chain in plan.chains] == ["the activation budget allows it"]
+    assert [chain.way.text for chain in plan.chains] == ["the activation budget allows it"]
     stored = mfx.momentumize(model, 0.9, reversible=False)
     run(mm, x), run(stored, x)
     assert kept_bytes(mm, x) == kept_bytes(stored, x)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import chains, gradients, handed, recording
+from compiled import chains, computing, driven, gradients, recording
 from helpers import relative_error
 from nets import ConvNet, Net, images, rows
 from torch import nn
@@ -20,7 +20,6 @@ import mfx
 from mfx import kept_bytes
 from mfx.capture.lifted import prepare
 from mfx.compile.as_backend import entry_point
-from mfx.run.seeded import draw_seed
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -66,22 +65,27 @@ def test_bytes_kept_do_not_grow_with_depth():
 def test_the_graph_handed_on_has_the_chain_in_the_place_of_its_blocks():
     net = torch.compile(Net(3, p=0.0), backend=mfx.backend(0.9, recording), fullgraph=True)
     net(rows())
-    assert len(handed) == 1
-    assert chains(handed[0]) == ["momentum_0"]
-    assert not any(node.target is torch.nn.functional.gelu for node in handed[0].graph.nodes)
+    assert chains(driven[0]) == ["momentum_0"]
+    assert not any(node.target is torch.nn.functional.gelu for node in driven[0].graph.nodes)
 
 
-@pytest.mark.parametrize(("p", "training", "seeds"), [(0.2, True, 1), (0.2, False, 0), (0.0, True, 0)])
-def test_a_seed_is_drawn_where_something_draws(p, training, seeds):
-    model = Net(2, p=p).train(training)
-    torch.compile(model, backend=mfx.backend(0.9, recording), fullgraph=True)(rows())
-    assert sum(node.target is draw_seed for node in handed[0].graph.nodes) == seeds
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_each_distinct_branch_is_compiled_once(depth):
+    model = Net(depth, p=0.2)
+    net = torch.compile(model, backend=mfx.backend(0.9, recording), fullgraph=True)
+    for _ in range(2):
+        gradients(net, model, rows())
+    assert computing("gelu") == 1
+    net(rows())
+    model.eval()
+    gradients(net, model, rows())
+    assert computing("gelu") == 2, "once more without dropout"
 
 
 def test_options_reach_the_planner_by_block_name():
     net = torch.compile(Net(4, p=0.0), backend=mfx.backend(0.9, recording, exclude="blocks.1"), fullgraph=True)
     net(rows())
-    assert chains(handed[0]) == ["momentum_0", "momentum_1"]
+    assert chains(driven[0]) == ["momentum_0", "momentum_1"]
     bad = torch.compile(Net(2), backend=mfx.backend(0.9, recording, include="block.*"))
     with pytest.raises(BackendCompilerFailed, match=r"matches no block; near names: 'blocks\.[01]'"):
         bad(rows())
@@ -178,7 +182,7 @@ def test_a_model_in_parts_is_refused(make):
 def test_parts_can_be_accepted():
     net = torch.compile(Broken(2, p=0.0), backend=mfx.backend(0.9, recording, graph_breaks=True))
     net(rows())
-    assert [chains(gm) for gm in handed] == [["momentum_0"], ["momentum_0"]]
+    assert [chains(gm) for gm in driven] == [["momentum_0"], ["momentum_0"]]
 
 
 class Mixed(nn.Module):
@@ -251,21 +255,21 @@ def test_channels_last():
     assert relative_error(gradients(net, model, x), expected) < 1e-10
 
 
-def test_an_operation_whose_draw_cannot_be_repeated_keeps_the_chain_stored():
-    class Leaky(nn.Linear):
+@pytest.mark.parametrize("draw", [F.rrelu, F.dropout, F.alpha_dropout, F.feature_alpha_dropout])
+def test_whatever_a_branch_draws_it_draws_again(draw):
+    class Random(nn.Linear):
         def forward(self, x):
-            return x + F.rrelu(super().forward(x), training=True)
+            return x + draw(super().forward(x), training=True)
 
-    model = nn.Sequential(Leaky(4, 4), Leaky(4, 4)).double()
-    net = torch.compile(model, backend=mfx.backend(0.9, "aot_eager"), fullgraph=True)
+    net = torch.compile(nn.Sequential(Random(4, 4), Random(4, 4)).double(), backend=mfx.backend(0.9, "aot_eager"))
 
     def seeded(x):
         torch.manual_seed(0)
         return net(x)
 
-    with pytest.warns(mfx.CompiledStoredWarning, match="keeps its activations: .*rrelu"):
-        seeded(rows(2))
     assert torch.autograd.gradcheck(seeded, (rows(2),), atol=1e-7, fast_mode=True)
+    x = rows(2)
+    assert torch.equal(seeded(x), seeded(x))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import gradients, handed, recording
+from compiled import driven, gradients, recording, segments
 from helpers import relative_error
 from nets import ConvNet, Net, images, rows
 from torch import nn
@@ -43,10 +43,6 @@ class Normed(Headed):
         super().__init__(p=p)
         for norm in [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]:
             norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-
-
-def segments(gm) -> list[str]:
-    return [node.target.__name__ for node in gm.graph.nodes if node.name.startswith("segment")]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -120,21 +116,23 @@ def test_two_forwards_before_a_backward_move_statistics_twice(gamma, make, inner
     assert relative_error(dict(model.named_buffers()), dict(reference.named_buffers())) < 1e-12
 
 
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
-def test_a_compiled_step_keeps_less_within_a_smaller_budget(gamma):
+def test_a_compiled_step_keeps_less_within_a_smaller_budget(gamma, inner):
     def kept(budget):
         torch._dynamo.reset()
         model, x = Headed(4, p=0.2), images(8, 12)
         mm = mfx.momentumize(model, gamma, example_inputs=x, activation_budget=budget)
-        net = torch.compile(mm, backend="aot_eager", fullgraph=True)
+        net = torch.compile(mm, backend=inner, fullgraph=True)
         inside = kept_bytes(mm, [x], lambda: net(x))[0]
         torch._dynamo.reset()
-        net = torch.compile(model, backend=mfx.backend(gamma, "aot_eager", activation_budget=budget), fullgraph=True)
+        net = torch.compile(model, backend=mfx.backend(gamma, inner, activation_budget=budget), fullgraph=True)
         return inside, kept_bytes(model, [x], lambda: net(x))[0]
 
-    least, none, whole = kept(0.0), kept(None), kept(1.0)
-    assert max(least) < 0.9 * min(none)
-    assert max(none) < 0.9 * min(whole)
+    least, some, whole = kept(0.0), kept(0.5), kept(1.0)
+    assert max(least) < 0.9 * min(whole)
+    assert max(least) <= min(some)
+    assert max(some) < 0.9 * min(whole)
 
 
 def test_the_plan_is_that_of_eager_mode():
@@ -142,7 +140,7 @@ def test_the_plan_is_that_of_eager_mode():
     mm = mfx.momentumize(model, 0.9, example_inputs=x, activation_budget=0.0)
     torch.compile(mm, backend=recording, fullgraph=True)(x)
     eager = [node for node in mfx.graph_of(mm).nodes if node.name.startswith("segment")]
-    assert len(segments(handed[0])) == len([n for n in eager if n.op == "call_function"]) > 0
+    assert len(segments(driven[0])) == len([n for n in eager if n.op == "call_function"]) > 0
 
 
 def test_too_few_bytes_are_refused_with_the_least_that_is_possible():
@@ -153,20 +151,18 @@ def test_too_few_bytes_are_refused_with_the_least_that_is_possible():
         mfx.backend(0.9, activation_budget=1.5)
 
 
-class Unrepeatable(Normed):
-    """A head that draws what no seed gives."""
+class Random(Normed):
+    """A head that draws after its own fashion."""
 
     def forward(self, x):
         return F.rrelu(super().forward(x), training=True).exp()
 
 
-def test_a_draw_that_cannot_be_repeated_is_in_no_segment():
-    net = torch.compile(Unrepeatable(), backend=mfx.backend(0.9, "aot_eager", activation_budget=0.0), fullgraph=True)
+def test_whatever_a_segment_draws_it_draws_again():
+    net = torch.compile(Random(), backend=mfx.backend(0.9, "aot_eager", activation_budget=0.0), fullgraph=True)
 
     def seeded(x):
         torch.manual_seed(0)
         return net(x)
 
-    with pytest.warns(mfx.CompiledStoredWarning, match=r"keeps its activations: .*rrelu.*activation_budget="):
-        seeded(images(2))
     assert torch.autograd.gradcheck(seeded, (images(2),), eps=1e-6, atol=1e-6, fast_mode=True)

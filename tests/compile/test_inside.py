@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
-from compiled import chains, gradients, handed, recording
+from compiled import chains, driven, gradients, handed, recording
 from helpers import relative_error
 from nets import Block, ConvBlock, ConvNet, Net, images, rows
 from torch import nn
@@ -35,8 +35,7 @@ def test_compiled_is_what_it_is_uncompiled(make, inputs, options, backend, dynam
     mm, x = mfx.momentumize(make(2, p=0.0), 0.8, **options), inputs()
     net = torch.compile(mm, backend=backend, fullgraph=True, dynamic=dynamic)
     assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-10
-    assert all(chains(gm) == ["momentum_0"] for gm in handed)
-    assert len(handed) == (backend is recording)
+    assert [chains(gm) for gm in driven] == [["momentum_0"]]
 
 
 def test_train_and_eval_and_a_new_head():
@@ -55,7 +54,27 @@ def test_a_change_of_gamma_is_seen():
     net = torch.compile(mm, backend=recording, fullgraph=True)
     for gamma in (0.9, 0.0, 0.5):
         mfx.set_gamma(mm, gamma)
-        assert relative_error(net(x), mm(x)) < 1e-12
+        assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-12
+
+
+def test_annealing_compiles_nothing_anew():
+    mm, x = mfx.momentumize(Net(3), 0.0), rows()
+    net = torch.compile(mm, backend=recording, fullgraph=True)
+    schedule = mfx.GammaSchedule(mm, 0.0, 0.9, steps=100)
+    counts = []
+    for _ in range(100):
+        net(x).sum().backward()
+        counts.append(len(handed))
+        schedule.step()
+    assert counts[1] == counts[-1], "the first two compile, for gamma = 0 and above"
+    assert len(driven) == 2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_drift_is_measured_and_none(backend):
+    mm, x = mfx.momentumize(Net(24, p=0.2).float(), 0.9), rows().float()
+    torch.compile(mm, backend=backend, fullgraph=True)(x).sum().backward()
+    assert mfx.drift(mm) == {"momentum_0": 0.0}
 
 
 def test_models_of_one_class_do_not_share_compiled_code():
@@ -78,7 +97,23 @@ def test_two_models_in_one_outer_graph():
     x = rows()
     net = torch.compile(outer, backend=recording, fullgraph=True)
     assert relative_error(gradients(net, both, x), gradients(outer, both, x)) < 1e-10
-    assert len(chains(handed[0])) == 2
+    assert len(chains(driven[0])) == 2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_autograd_follows_the_backward(compiled):
+    mm, x = mfx.momentumize(Net(3, p=0.0), 0.8), rows()
+    _, expected = gradients(mm, mm, x)
+    net = torch.compile(mm, backend="aot_eager", fullgraph=True) if compiled else mm
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        net(x).square().sum().backward()
+    assert relative_error([x.grad, *(parameter.grad for parameter in mm.parameters())], list(expected)) < 1e-10
+
+
+def test_a_transform_of_functions_around_the_model():
+    mm, x = mfx.momentumize(Net(3, p=0.0), 0.8), rows()
+    grad = torch.compile(torch.func.grad(lambda x: mm(x).square().sum()), backend="aot_eager", fullgraph=True)
+    assert relative_error(grad(x.detach()), gradients(mm, mm, x)[1][0]) < 1e-10
 
 
 class Staged(ConvNet):
@@ -101,8 +136,7 @@ def test_every_stage_knows_its_buffers(backend):
     net = torch.compile(mm, backend=backend, fullgraph=True)
     assert relative_error(gradients(net, mm, x), gradients(reference, reference, x)) < 1e-10
     assert relative_error(dict(mm.named_buffers()), dict(reference.named_buffers())) < 1e-12
-    assert all(chains(gm) == ["momentum_0", "momentum_1"] for gm in handed)
-    assert len(handed) == (backend is recording)
+    assert [chains(gm) for gm in driven] == [["momentum_0", "momentum_1"]]
 
 
 def test_bytes_kept_do_not_grow_with_depth():
@@ -118,16 +152,15 @@ def test_bytes_kept_do_not_grow_with_depth():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
 def test_bytes_kept_are_those_of_the_plan(gamma, backend):
-    """A snapshot and what is recomputed from it are not merged with the forward, which would keep whole blocks."""
     depth, width = 24, 16
     model = nn.Sequential(*(Block(width, 0.1) for _ in range(depth)))
     x = torch.randn(64, width)
     net = torch.compile(model, backend=mfx.backend(gamma, backend), fullgraph=True)
-    planned = schedule((Momentum(gamma),) * depth, torch.float32, same_branches=False)
+    planned = schedule((Momentum(gamma),) * depth, torch.float32)
     kept, _ = kept_bytes(model, [x], lambda: net(x))
     state = x.numel() * x.element_size()
-    seed = 64
-    assert kept <= planned.bytes_an_element(depth) * x.numel() + state + seed
+    numbers = 64
+    assert kept <= planned.bytes_an_element(depth) * x.numel() + state + numbers
     assert kept >= (planned.state_count(depth) - 1) * state
 
 
@@ -168,7 +201,7 @@ def test_breaks_around_the_model_do_no_harm():
 
     net = torch.compile(step, backend=recording)
     assert relative_error(gradients(net, mm, x), gradients(step, mm, x)) < 1e-10
-    assert sum(len(chains(gm)) for gm in handed) == 1
+    assert sum(len(chains(gm)) for gm in driven) == 1
 
 
 def test_inside_a_checkpoint_is_an_error():

@@ -227,7 +227,7 @@ def test_low_gamma_takes_snapshots_and_stays_exact():
     stored.use_backprop = True
     x = torch.randn(5, WIDTH, requires_grad=True)
     assert_same(run(net, x), run(stored, x), 1e-4)
-    assert len(net._mfx.chain.schedule(torch.float32, None, True).snapshots) > 1
+    assert len(net._mfx.chain.schedule(torch.float32).snapshots) > 1
 
 
 def test_hidden_state_is_noticed():
@@ -336,8 +336,10 @@ def test_compiled_dropout_has_the_gradient_that_differences_say():
 def test_compiled_it_keeps_as_little():
     def kept(depth: int) -> int:
         torch._dynamo.reset()
-        net = net_of(0.95, depth, p=0.0, use_backprop=False)
-        return kept_bytes(torch.compile(net, fullgraph=True, backend="aot_eager"), rows(64))
+        net = torch.compile(net_of(0.95, depth, p=0.0, use_backprop=False), fullgraph=True, backend="aot_eager")
+        x = rows(64)
+        net(x)
+        return mfx.kept_bytes(net, [x], lambda: net(x))[0]
 
     assert kept(12) == kept(4)
 

@@ -59,7 +59,7 @@ def values(*shape: int) -> tuple[Tensor, ...]:
 
 
 def step_of(rule: Rule, *, wrapped: bool = False, scale: float = 1.0) -> StepSpec:
-    return StepSpec("b", None, None, rule, wrapped, scale, "", (), (), (), (), frozenset(), False, False)  # type: ignore
+    return StepSpec("b", None, None, rule, wrapped, scale, "", (), (), (), (), (), False, False)  # type: ignore
 
 
 @EVERY
@@ -154,7 +154,7 @@ class Stack(nn.Module):
         return ChainSpec(
             "chain",
             tuple(steps),
-            lambda dtype, compute, same, **device: planned(dtype, "auto", 1e-12, compute, same, **device),
+            lambda dtype, compute, **device: planned(dtype, "auto", 1e-12, compute, **device),
             reversible=reversible,
         )
 

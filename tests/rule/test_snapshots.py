@@ -187,11 +187,10 @@ def test_a_gamma_of_zero_in_the_middle_ends_a_run():
     st.sampled_from([F16, BF16, F32, F64]),
     st.sampled_from([None, 1e-2, 1e-6]),
     st.sampled_from(["auto", F32, F64]),
-    st.booleans(),
 )
-def test_every_plan_can_be_run(gammas, dtype, tolerance, state, same):
+def test_every_plan_can_be_run(gammas, dtype, tolerance, state):
     """Each division lies within a run; the error and the rounding are under the tolerance; auto is cheapest."""
-    found = schedule(tuple(map(Momentum, gammas)), dtype, state, tolerance, None, same)
+    found = schedule(tuple(map(Momentum, gammas)), dtype, state, tolerance)
     steps = len(gammas)
     assert list(found.snapshots) == sorted(set(found.snapshots))
     assert all(step in found.snapshots for step, gamma in enumerate(gammas) if step and gamma == 0)
@@ -199,11 +198,9 @@ def test_every_plan_can_be_run(gammas, dtype, tolerance, state, same):
     assert found.rounding <= found.tolerance
     assert found.state_count(steps) <= max(steps, 2)
     assert torch.promote_types(found.state_dtype, dtype) == found.state_dtype
-    if not same:
-        assert not found.exact
     if state == "auto":
         for other in (F32, F64):
-            asked = schedule(tuple(map(Momentum, gammas)), dtype, other, tolerance, None, same)
+            asked = schedule(tuple(map(Momentum, gammas)), dtype, other, tolerance)
             if other in (dtype, found.state_dtype):
                 assert found.bytes_an_element(steps) <= asked.bytes_an_element(steps)
 
@@ -213,17 +210,16 @@ def test_every_plan_can_be_run(gammas, dtype, tolerance, state, same):
     st.sampled_from([F16, BF16, F32]),
     st.sampled_from([None, 1e-2, 1e-6]),
     st.sampled_from([None, BF16]),
-    st.booleans(),
     st.sets(st.integers(1, 39)),
 )
-def test_a_device_without_float64_is_never_given_it(gammas, dtype, tolerance, compute, same, cuts):
+def test_a_device_without_float64_is_never_given_it(gammas, dtype, tolerance, compute, cuts):
     rules, at = tuple(map(Momentum, gammas)), tuple(sorted(cut for cut in cuts if cut < len(gammas)))
-    found = schedule(rules, dtype, "auto", tolerance, compute, same, at, float64=False)
+    found = schedule(rules, dtype, "auto", tolerance, compute, at, float64=False)
     assert found.state_dtype in (F32, BF16, F16)
     assert found.drift <= found.tolerance
     assert set(at) <= set(found.snapshots)
     with pytest.raises(mfx.OptionError, match=r"no float64.*state_dtype=.auto"):
-        schedule(rules, dtype, F64, tolerance, compute, same, at, float64=False)
+        schedule(rules, dtype, F64, tolerance, compute, at, float64=False)
 
 
 def test_mps_has_no_float64_and_the_run_asks_the_device_of_the_input(monkeypatch):
@@ -263,15 +259,6 @@ def test_growth():
         found = Momentum(gamma).growth(gain)
         matrix = torch.tensor([[1.0, -1.0], [-(1 - gamma) * gain / gamma, (1 + (1 - gamma) * gain) / gamma]])
         assert found == pytest.approx(float(torch.linalg.eigvals(matrix.double()).abs().max()), rel=1e-6)
-
-
-def test_where_recomputation_is_only_similar_the_state_is_not_taken_to_be_exact():
-    """Compiled code: float64 state buys nothing over float32 branches that differ by their own rounding."""
-    assert schedule((Momentum(0.9),) * 60, F32).exact
-    found = schedule((Momentum(0.9),) * 60, F32, same_branches=False)
-    assert not found.exact
-    assert found.state_dtype == F32
-    assert found.snapshots
 
 
 # explicit control

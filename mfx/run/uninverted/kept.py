@@ -22,6 +22,7 @@ from mfx.run.chain import Continue
 from mfx.run.closing import Turn, out_of_turn, refuse_double_backward
 from mfx.run.recompute import Opened, as_inner, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot
+from mfx.torch_versions import not_followed
 
 
 def kept_step(
@@ -89,6 +90,7 @@ class Kept(torch.autograd.Function):
         return recorder.advance(alive.setting, alive.index, value.detach(), any(ctx.needs_input_grad))
 
     @staticmethod
+    @not_followed
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         setting, index = ctx.rerun.setting, ctx.rerun.index
         refuse_double_backward(setting.chain)

@@ -20,18 +20,16 @@ from torch import Tensor, nn
 from mfx.rule.snapshots import Schedule
 from mfx.rule.step import advance
 from mfx.run.chain import ChainSpec, Inner
-from mfx.run.conditions import compiling
 from mfx.run.tape import is_observed
 from mfx.run.uninverted.segment import recomputed
 from mfx.run.uninverted.together import together
-from mfx.torch_versions import is_recording
 
 
 def is_plain(chain: ChainSpec, plan: Schedule, x: Tensor) -> bool:
     """Whether ``chain`` can run from x as the model itself does."""
-    if not all(step.rule.plain and not step.statistics for step in chain.steps) or plan.state_dtype != x.dtype:
-        return False
-    return not (compiling(x) or is_recording() or is_observed())
+    apart = any(step.statistics or step.compiled for step in chain.steps)
+    alike = all(step.rule.plain for step in chain.steps) and not apart and plan.state_dtype == x.dtype
+    return alike and not is_observed()
 
 
 def plain(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, operands: Sequence[Sequence[Any]]) -> list[Any]:

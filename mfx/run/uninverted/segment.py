@@ -15,7 +15,7 @@ Source: torch/utils/checkpoint.py (``use_reentrant=False``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import Any
 
@@ -27,6 +27,7 @@ from mfx.rule.step import StepSpec
 from mfx.run.conditions import Autocast
 from mfx.run.operands import Parameters, parameters_as_operands, refuse_moved, storages_of
 from mfx.run.recompute import conditions_of
+from mfx.run.uninverted.anew import Anew
 from mfx.run.uninverted.dropped import KEEPING, Told, dropping
 from mfx.run.uninverted.offload import offloaded
 from mfx.run.watched import Watch, versions_of
@@ -44,16 +45,23 @@ def recomputed(spec: StepSpec, root: nn.Module, *inputs: Any, told: Told = lambd
         return spec.branch(root, *inputs)
     away = spec.offloaded is not None
     with offloaded(tensors, first=spec.offloaded == 0) if away else contextlib.nullcontext():
-        runs = _Runs(spec, root, tensors[0])
-        return dropping(spec.name, runs.first, runs.again, inputs, told)
+        runs = _Runs(spec, root, tensors[0], inputs)
+        kept = [None if place in runs.moved else value for place, value in enumerate(inputs)]
+        if spec.compiled:
+            return Anew.apply(spec.name, runs.first, runs.again, *kept)  # type: ignore[return-value]
+        return dropping(spec.name, runs.first, runs.again, kept, told)
 
 
 class _Runs:
-    """The runs of one segment: the first, and any number of others that are to be like it."""
+    """The runs of one segment: the first, and any number of others that are to be like it.
 
-    def __init__(self, spec: StepSpec, root: nn.Module, like: Tensor) -> None:
+    ``moved`` are the running statistics among its inputs, by place: their values do not matter to what runs again.
+    """
+
+    def __init__(self, spec: StepSpec, root: nn.Module, like: Tensor, inputs: Sequence[Any]) -> None:
         self.spec = spec
         self.root = root
+        self.moved = {1 + side: inputs[1 + side] for side in spec.statistics}
         self.parameters = Parameters.of(spec, root)
         self.conditions = conditions_of(spec, root, like, self.parameters.modules)
         self.autocast = Autocast.current(like.device)
@@ -65,7 +73,7 @@ class _Runs:
         """The run in forward."""
         versions = versions_of(inputs)
         with self.autocast(), self.conditions.recorded(), self._unseen(self.watch.first()):
-            values = self.spec.branch(self.root, *inputs)
+            values = self.spec.branch(self.root, *self._whole(inputs))
         if versions != versions_of(inputs):
             raise BackwardError(
                 f"block {self.spec.name!r}: its branch writes in place to x or to a value from outside it, so it "
@@ -83,7 +91,10 @@ class _Runs:
         )
         unseen = self._unseen(self.watch.again())
         with self.conditions.restored(copies=True), self.autocast(), own, self.conditions.rewound(), unseen:
-            return self.spec.again(self.root, *inputs)
+            return self.spec.again(self.root, *self._whole(inputs))
+
+    def _whole(self, inputs: Sequence[Any]) -> list[Any]:
+        return [self.moved.get(place, value) for place, value in enumerate(inputs)]
 
     @contextlib.contextmanager
     def _unseen(self, looking: contextlib.AbstractContextManager[None]) -> Iterator[None]:

@@ -1,0 +1,77 @@
+"""Blocks that were compiled in place: their branches are compiled once, and compute what they did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiled import computing, gradients, handed, recording
+from helpers import relative_error
+from nets import ConvNet, Net, images, rows
+from torch import nn
+
+import mfx
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def compile_blocks(model: nn.Module, backend=recording) -> None:
+    for block in model.blocks:
+        block.compile(backend=backend)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize(("make", "inputs", "name"), [(Net, rows, "gelu"), (ConvNet, images, "conv")])
+def test_blocks_compiled_in_place_have_one_compiled_branch(make, inputs, name, gamma, before):
+    model, x = make(4, p=0.0), inputs()
+    reference = mfx.momentumize(copy.deepcopy(model), gamma, reversible=False)
+    if before:
+        compile_blocks(model)
+    mm = mfx.momentumize(model, gamma)
+    if not before:
+        compile_blocks(mm)
+    for _ in range(2):
+        found, expected = gradients(mm, mm, x), gradients(reference, reference, x)
+        assert relative_error(found, expected) < 1e-10
+    assert relative_error(dict(mm.named_buffers()), dict(reference.named_buffers())) < 1e-12
+    assert computing(name) == 1
+
+
+def test_a_block_alone_may_be_compiled():
+    mm, x = mfx.momentumize(Net(3, p=0.0), 0.9), rows()
+    expected = gradients(mm, mm, x)
+    mm.blocks[1].compile(backend=recording)
+    assert relative_error(gradients(mm, mm, x), expected) < 1e-12
+    assert len(handed) == 1
+
+
+def test_masks_are_drawn_again():
+    mm = mfx.momentumize(Net(2, p=0.3), 0.9)
+    compile_blocks(mm, "aot_eager")
+
+    def seeded(x):
+        torch.manual_seed(0)
+        return mm(x)
+
+    assert torch.autograd.gradcheck(seeded, (rows(2),), eps=1e-6, atol=1e-7, fast_mode=True)
+
+
+def test_what_modules_are_set_to_is_seen():
+    mm, x = mfx.momentumize(Net(2, p=0.3), 0.9), rows()
+    compile_blocks(mm)
+    assert not torch.equal(mm(x), mm(x))
+    mm.eval()
+    expected = mm(x)
+    for block in mm.blocks:
+        block.train()
+        block.dropout.p = 0.0
+    assert relative_error(mm(x), expected) < 1e-12
+
+
+def test_what_compiled_them_must_be_known():
+    model = Net(2, p=0.0)
+    model.blocks[0]._compiled_call_impl = lambda x: x
+    with pytest.raises(mfx.CompileError, match=r"block 'blocks\.0' was compiled in place.*torch\.compile\(mm\)"):
+        mfx.momentumize(model, 0.9)(rows())
