@@ -116,17 +116,18 @@ def test_two_forwards_before_a_backward_move_statistics_twice(gamma, make, inner
     assert relative_error(dict(model.named_buffers()), dict(reference.named_buffers())) < 1e-12
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
-def test_a_compiled_step_keeps_less_within_a_smaller_budget(gamma, inner):
+def test_a_compiled_step_keeps_less_within_a_smaller_budget(gamma):
+    """What operations themselves keep is what is planned by; an inner compiler may find ways to keep less."""
+
     def kept(budget):
         torch._dynamo.reset()
         model, x = Headed(4, p=0.2), images(8, 12)
         mm = mfx.momentumize(model, gamma, example_inputs=x, activation_budget=budget)
-        net = torch.compile(mm, backend=inner, fullgraph=True)
+        net = torch.compile(mm, backend="eager", fullgraph=True)
         inside = kept_bytes(mm, [x], lambda: net(x))[0]
         torch._dynamo.reset()
-        net = torch.compile(model, backend=mfx.backend(gamma, inner, activation_budget=budget), fullgraph=True)
+        net = torch.compile(model, backend=mfx.backend(gamma, "eager", activation_budget=budget), fullgraph=True)
         return inside, kept_bytes(model, [x], lambda: net(x))[0]
 
     least, some, whole = kept(0.0), kept(0.5), kept(1.0)
