@@ -19,7 +19,7 @@ waiting and looked at in a later forward of the chain, once it has arrived, or w
 Reference: design by analogy with checkpoint's determinism check (torch/utils/checkpoint.py), which compares
 shapes and dtypes only.
 Known limits: a chain whose first blocks need no gradient is not reversed to its start, and is checked at snapshots
-only.  At a snapshot that keeps x alone, with gamma > 0, nothing is known of v.  Not measured in compiled code.
+only.  At a snapshot that keeps x alone, with gamma > 0, nothing is known of v.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ later blocks that read it, is found only afterwards.  Therefore
 A value is watched if it has a hook or retains its gradient.  Where a backward was asked for the gradients of some
 tensors (``torch.autograd.grad``), it cannot be seen of which; then every value that is still alive is.
 
-Known limits: inside of what a compiler traces there are no joins; the gradient by an output of a compiled region is
-that of what reads it outside, as for any compiled model.  For a watched value its block and those after it are run
-backwards twice.
+Known limits: where there are no values (fake tensors) there are no joins.  For a watched value its block and those
+after it are run backwards twice.
 """
 
 from __future__ import annotations
