@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import linecache
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfx.graph.notes import GIVEN, calling_whole
+from mfx.rewrite.compiled import function_of
 from mfx.rewrite.regional import as_asked
 from mfx.rewrite.switches import all_left, has_switches
 from mfx.rule import StepSpec
@@ -69,15 +68,11 @@ def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
     The root is given twice: as ``self`` for the modules named by path, and as the value that chains take.
     """
     code = graph.python_code("self")
-    # One name for one text: what is captured anew finds its source again, and traces of both are the same.
-    filename = f"<mfx {name} {hashlib.sha256(code.src.encode()).hexdigest()[:8]}>"
-    scope = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), scope)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+    function = function_of(code.src, code.globals, name)
     around = [all_left] if has_switches(graph) else []
     if any(node.op == "call_module" and GIVEN in node.meta for node in graph.nodes):
         around.append(calling_whole)
-    return _root_twice(scope["forward"], around)
+    return _root_twice(function, around)
 
 
 def _root_twice(function: Any, around: list[Callable[[], Any]]) -> Callable[..., Any]:

@@ -14,7 +14,9 @@ Reference: "Reducing torch.compile cold start compilation time with regional com
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container
+import hashlib
+import linecache
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -75,14 +77,25 @@ class Branches:
         key = code.src, names, kinds, id(self.key), self.dynamic
         compiled = _made.get(key)
         if compiled is None:
-            scope = dict(code.globals)
-            exec(compile(code.src, "<mfx branch>", "exec"), scope)
-            compiled = _made[key] = self.compiler(scope["forward"])
+            compiled = _made[key] = self.compiler(function_of(code.src, code.globals, "compiled branch"))
         return compiled
 
 
 AS_THEY_ARE = Branches(lambda function: function, None)
 """Branches that are not compiled."""
+
+
+def function_of(source: str, names: Mapping[str, Any], name: str) -> Any:
+    """The function ``forward`` of a graph's ``source``, which tracebacks can show.
+
+    One file name for one text: what is captured anew finds its source again, and traces of both are the same.  Dynamo
+    of torch 2.11 takes functions without a source file for one.
+    """
+    filename = f"<mfx {name} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
+    scope = dict(names)
+    exec(compile(source, filename, "exec"), scope)
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    return scope["forward"]
 
 
 def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
