@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mfx.graph.notes import DTYPE, SHAPE
+from mfx.graph.notes import SHAPE
 from mfx.graph.operations import is_ambient, name_of
 from mfx.rewrite import Branches
 from mfx.rewrite.switches import all_left, enter, leave
@@ -47,13 +47,14 @@ def in_pieces(gm: fx.GraphModule, branches: Branches) -> Callable[..., Any]:
     return run
 
 
-def is_dynamic(values: Sequence[Any]) -> bool:
-    """Whether any of a graph's inputs has a size that may change."""
-    return any(
+def is_dynamic(values: Sequence[Any]) -> bool | None:
+    """Whether a size of a graph's inputs may change; None where that is not known yet, as in ``torch.compile``."""
+    changes = any(
         isinstance(value, torch.SymInt)
         or (isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape))
         for value in values
     )
+    return True if changes else None
 
 
 def has_transforms(graph: fx.Graph) -> bool:
@@ -112,7 +113,7 @@ def _piece(nodes: Sequence[fx.Node]) -> tuple[fx.Graph, list[fx.Node], list[fx.N
     given = [node for node in nodes if node.op != "get_attr" and any(user not in inside for user in node.users)]
     env = {node: piece.placeholder(f"input_{number}") for number, node in enumerate(taken)}
     for node, placeholder in env.items():
-        placeholder.meta = {note: node.meta[note] for note in (SHAPE, DTYPE) if note in node.meta}
+        placeholder.meta = {note: node.meta[note] for note in (SHAPE, "example_value") if note in node.meta}
 
     def value(node: fx.Node) -> fx.Node:
         if node not in env:

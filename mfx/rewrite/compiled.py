@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from mfx.graph.notes import DTYPE, SHAPE
+from mfx.graph.notes import SHAPE
 from mfx.rewrite.direct import Direct, is_followed_again
 from mfx.rewrite.kernels import fused
 from mfx.rule.carry import EAGER, Kernels
@@ -43,11 +43,11 @@ class Branches:
 
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]]
     key: object
-    dynamic: bool = False
+    dynamic: bool | None = None
     kernels: Kernels = EAGER
 
     @staticmethod
-    def by(backend: str | Callable[..., Any], dynamic: bool) -> Branches:
+    def by(backend: str | Callable[..., Any], dynamic: bool | None) -> Branches:
         """Those that ``torch.compile`` makes with a backend."""
 
         compiler = functools.partial(torch.compile, backend=backend, dynamic=dynamic, fullgraph=True)
@@ -59,7 +59,7 @@ class Branches:
         Of what nodes ``copied`` give (running statistics, say) the function gets copies.
         """
         named, taken, given = _by_structure(graph)
-        kinds = tuple((node.meta.get(SHAPE), node.meta.get(DTYPE)) for node in given)
+        kinds = tuple(map(_kind, given))
         compiled = self._compiled(named, kinds) if is_followed_again(graph) else Direct(graph, self.key)
         copies = [node in copied for node in (*taken, *given)]
         paths = [str(node.target) for node in taken]
@@ -101,6 +101,12 @@ def function_of(source: str, names: Mapping[str, Any], name: str) -> Any:
 def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A call of a module that is an argument."""
     return module(*args, **kwargs)
+
+
+def _kind(node: fx.Node) -> Any:
+    """Size and dtype of what an input's node gives, as far as they are known."""
+    value = node.meta.get("example_value")
+    return (str(tuple(value.shape)), value.dtype) if isinstance(value, Tensor) else node.meta.get(SHAPE)
 
 
 def _copy_if(copy: bool, value: Any) -> Any:

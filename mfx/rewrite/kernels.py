@@ -1,7 +1,8 @@
 """Kernels: the arithmetic of a state, compiled: each in one pass over memory.
 
 They are compiled for any number of elements, and given tensors of one layout as what lies in memory, so that chains of
-all shapes share them.
+all shapes share them.  They give the bits of the eager ones, since a state may go forward by one and backward by the
+other: so on the CPU alone, where inductor contracts nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def _compiled(kernel: Any, backend: Any) -> Callable[..., Any]:
         states = [value for value in given if isinstance(value, Tensor) and value.dim() > 0]
         like = states[0]
         flat = all(value.shape == like.shape and value.stride() == like.stride() for value in states)
-        if not (flat and _is_dense(like)):
+        # Elsewhere a product and a sum may become one operation, that rounds once, in one kernel and not in another.
+        if not (flat and like.device.type == "cpu" and _is_dense(like)):
             return kernel(*given)
         values = compiled(*(_argument(value, like) for value in given))
         if isinstance(values, Tensor):

@@ -4,6 +4,8 @@
 2. The branch of such a block is compiled in the same way (:mod:`mfx.rewrite.compiled`), so that it serves all blocks of
    its structure, and both of its runs.
 
+3. Dynamo guards no hooks, so a branch that calls modules with hooks is not compiled.
+
 Known limits: of a block that is a module taken whole, ``compile()`` is torch's own affair.  The state's arithmetic is
 not compiled.
 """
@@ -21,6 +23,7 @@ from mfx.errors import CompileError
 from mfx.rewrite.compiled import Branches
 from mfx.rule import StepSpec
 from mfx.run import ChainSpec
+from mfx.run.operands import modules_of
 from mfx.torch_versions import compiled_alike, compiled_like, way_of_compiling
 
 _COMPILED = "_compiled_call_impl"
@@ -62,13 +65,18 @@ def _compiled(step: StepSpec, way: Any) -> StepSpec:
 
 def _asked(root: nn.Module, step: StepSpec) -> Any:
     """How a module around the step's block was compiled, the innermost; None where none was."""
-    if step.graph is None:
+    if step.graph is None or any(map(_has_hooks, modules_of(step, root))):
         return None
     found = None
     for module in _around(root, step.home):
         made = getattr(module, _COMPILED, None) or module.__dict__.get(_COMPILED)
         found = found if made is None else _way(made, step)
     return found
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(tables)
 
 
 def _way(made: Any, step: StepSpec) -> Any:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from mfx.find import Block
 from mfx.graph.adds import Add
 from mfx.graph.dataflow import Dataflow, get_attribute
-from mfx.graph.notes import DTYPE, GIVEN, MODES, SCOPE, SHAPE
+from mfx.graph.notes import GIVEN, MODES, SCOPE, SHAPE
 from mfx.graph.writes import moves_statistics, running_statistics
 from mfx.plan import Chain
 from mfx.rewrite.code import compile_graph
@@ -153,7 +153,7 @@ def branch_graph(block: Block, flow: Dataflow, left_out: Container[fx.Node] = ()
     for number, side in enumerate(block.sides):
         env[side] = graph.placeholder(f"side_{number}")
     for source, placeholder in env.items():
-        placeholder.meta = {note: source.meta[note] for note in (SHAPE, DTYPE) if note in source.meta}
+        placeholder.meta = {note: source.meta[note] for note in (SHAPE, "example_value") if note in source.meta}
     for side in block.sides:
         # Where buffers are inputs of the graph, they are sides.
         if side in left_out:

@@ -167,3 +167,10 @@ def test_whatever_a_segment_draws_it_draws_again():
         return net(x)
 
     assert torch.autograd.gradcheck(seeded, (images(2),), eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_double_backward_through_a_compiled_segment_raises():
+    model, x = Headed(p=0.0), images()
+    net = torch.compile(model, backend=mfx.backend(0.0, "eager", activation_budget=0.0), fullgraph=True)
+    with pytest.raises(mfx.BackwardError, match=r"segment \d.*create_graph=True"):
+        torch.autograd.grad(net(x).square().sum(), x, create_graph=True)

@@ -84,6 +84,31 @@ WHAT = {
 }
 
 
+class Scaled(Net):
+    """x + f(x) s, for a number s that is an argument."""
+
+    def forward(self, x: Tensor, s: float) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block.down(block.up(x).tanh()) * s
+        return self.head(x) * s
+
+
+def test_a_number_may_change_at_each_call():
+    model, x = Scaled(3, p=0.0), rows()
+    net = torch.compile(mfx.momentumize(model, 0.8), backend=recording, fullgraph=True)
+    for number in range(12):
+        s, v, y = 0.3 + 0.1 * number, 0.0, model.stem(x)
+        for block in model.blocks:
+            v = 0.8 * v + 0.2 * block.down(block.up(y).tanh()) * s
+            y = y + v
+        expected = torch.autograd.grad((model.head(y) * s).square().sum(), [x, *model.parameters()], allow_unused=True)
+        found = gradients(net, model, x, s)[1]
+        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+        assert relative_error(*map(list, zip(*pairs, strict=True))) < 1e-10
+    assert computing("tanh") <= 3
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("place", ["around", "inside"])
@@ -125,16 +150,20 @@ def test_models_of_one_structure_share_their_branch():
     assert computing("gelu") == 1
 
 
-def test_branches_of_many_sizes_are_not_too_many_for_dynamo():
+@pytest.mark.parametrize("door", ["backend", "inside"])
+def test_branches_of_many_sizes_are_not_too_many_for_dynamo(door):
     """One text, and more sizes than Dynamo compiles a function for."""
     stages = [Net(2, width, p=0.0) for width in range(4, 16)]
     model = nn.ModuleList(stages)
 
+    inside = [mfx.momentumize(stage, 0.9) if door == "inside" else stage for stage in stages]
+
     def total(x):
-        return sum(stage(x) for stage in stages)
+        return sum(stage(x) for stage in inside)
 
     x = rows()
-    net = torch.compile(total, backend=mfx.backend(0.9, recording), fullgraph=True)
+    backend = recording if door == "inside" else mfx.backend(0.9, recording)
+    net = torch.compile(total, backend=backend, fullgraph=True)
     references = nn.ModuleList(mfx.momentumize(copy.deepcopy(stage), 0.9) for stage in stages)
     expected = gradients(lambda x: sum(stage(x) for stage in references), references, x)
     assert relative_error(gradients(net, model, x), expected) < 1e-9

@@ -75,3 +75,28 @@ def test_what_compiled_them_must_be_known():
     model.blocks[0]._compiled_call_impl = lambda x: x
     with pytest.raises(mfx.CompileError, match=r"block 'blocks\.0' was compiled in place.*torch\.compile\(mm\)"):
         mfx.momentumize(model, 0.9)(rows())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_of_modules_inside_run(late):
+    """Dynamo guards none: code that was compiled for a block without hooks would be used for one with."""
+    model, x = Net(3, p=0.0), rows()
+    mm = mfx.momentumize(model, 0.9)
+    compile_blocks(mm)
+    if late:
+        mm(x)
+    model.blocks[1].up.register_forward_hook(lambda module, args, value: value * 2)
+    v, y = 0.0, model.stem(x)
+    for block in model.blocks:
+        v = 0.9 * v + 0.1 * (block(y) - y)
+        y = y + v
+    expected = torch.autograd.grad(model.head(y).square().sum(), [x, *model.parameters()])
+    assert relative_error(list(gradients(mm, mm, x)[1]), list(expected)) < 1e-12
+
+
+def test_within_a_budget():
+    model, x = ConvNet(3, p=0.0), images()
+    reference = mfx.momentumize(copy.deepcopy(model), 0.9, reversible=False)
+    compile_blocks(model, "aot_eager")
+    mm = mfx.momentumize(model, 0.9, example_inputs=x, activation_budget=0.0)
+    assert relative_error(gradients(mm, mm, x), gradients(reference, reference, x)) < 1e-10

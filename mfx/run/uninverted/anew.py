@@ -2,6 +2,8 @@
 
 What compiled code saves is its own affair, so nothing of the first run is kept but its inputs: all that it computes
 with is among them.
+
+Known limits: first derivatives only; double backward raises (M8).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfx.errors import BackwardError
 from mfx.run.recompute import as_inner, saved_tensors
 from mfx.torch_versions import by_plain_autograd, not_followed
 
@@ -39,6 +42,11 @@ class Anew(torch.autograd.Function):
     @staticmethod
     @not_followed
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise BackwardError(
+                f"{ctx.name}: create_graph=True (double backward) is not supported by what is compiled. Without "
+                "torch.compile segments can be differentiated any number of times"
+            )
         saved = iter(saved_tensors(ctx, f"an input of {ctx.name}"))
         leaves = [_leaf(next(saved)) if held is None else held[0] for held in ctx.constants]
         with torch.enable_grad():
