@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +58,6 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "backward_number",
-    "by_plain_autograd",
     "children_of",
     "compiled_alike",
     "compiled_like",
@@ -144,12 +142,6 @@ def way_of_compiling(compiled: Any) -> Any:
     names = dict(zip(compiled.__code__.co_freevars, compiled.__closure__ or (), strict=True))
     way = names["self"].cell_contents if "self" in names else None
     return way if isinstance(way, dynamo()._TorchDynamoContext) else None
-
-
-def by_plain_autograd() -> contextlib.AbstractContextManager[Any]:
-    """Around a derivative within a backward: compiled autograd, which may follow that, does not follow this one."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return contextlib.nullcontext() if module is None or not module.compiled_autograd_enabled else module._disable()
 
 
 def only_explains(backend: Any) -> bool:

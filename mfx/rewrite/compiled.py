@@ -77,7 +77,7 @@ class Branches:
         key = code.src, names, kinds, id(self.key), self.dynamic
         compiled = _made.get(key)
         if compiled is None:
-            compiled = _made[key] = self.compiler(function_of(code.src, code.globals, "compiled branch"))
+            compiled = _made[key] = self.compiler(function_of(code.src, code.globals, "compiled branch", kinds))
         return compiled
 
 
@@ -85,13 +85,14 @@ AS_THEY_ARE = Branches(lambda function: function, None)
 """Branches that are not compiled."""
 
 
-def function_of(source: str, names: Mapping[str, Any], name: str) -> Any:
+def function_of(source: str, names: Mapping[str, Any], name: str, kinds: Any = None) -> Any:
     """The function ``forward`` of a graph's ``source``, which tracebacks can show.
 
-    One file name for one text: what is captured anew finds its source again, and traces of both are the same.  Dynamo
-    of torch 2.11 takes functions without a source file for one.
+    One file name for one text (and ``kinds`` of inputs): what is captured anew finds its source again, and traces of
+    both are the same.  Dynamo tells functions apart by file when it looks which sizes change, and in torch 2.11 takes
+    those without a source file for one.
     """
-    filename = f"<mfx {name} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
+    filename = f"<mfx {name} {hashlib.sha256(f'{source}{kinds}'.encode()).hexdigest()[:8]}>"
     scope = dict(names)
     exec(compile(source, filename, "exec"), scope)
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)

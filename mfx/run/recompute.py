@@ -35,7 +35,6 @@ from mfx.run.operands import (
 from mfx.run.tape import Setting
 from mfx.run.watched import Watch
 from mfx.run.watching import saving
-from mfx.torch_versions import by_plain_autograd
 
 
 class Turn(Protocol):
@@ -200,8 +199,7 @@ def _gradients(
     if not pairs or not asked:
         return [None] * len(leaves)
     reached, given = zip(*pairs, strict=True)
-    with by_plain_autograd():
-        found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
+    found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from compiled import computing, gradients, handed, recording
 from helpers import relative_error
-from nets import Net, rows
+from nets import ConvNet, Net, images, rows
 from torch import Tensor, nn
 
 import mfx
@@ -94,9 +94,11 @@ class Scaled(Net):
         return self.head(x) * s
 
 
-def test_a_number_may_change_at_each_call():
+@pytest.mark.parametrize("backend", [recording, "aot_eager"])
+def test_a_number_may_change_at_each_call(backend):
+    """Twelve values, and Dynamo compiles a function eight times."""
     model, x = Scaled(3, p=0.0), rows()
-    net = torch.compile(mfx.momentumize(model, 0.8), backend=recording, fullgraph=True)
+    net = torch.compile(mfx.momentumize(model, 0.8), backend=backend, fullgraph=True)
     for number in range(12):
         s, v, y = 0.3 + 0.1 * number, 0.0, model.stem(x)
         for block in model.blocks:
@@ -151,23 +153,48 @@ def test_models_of_one_structure_share_their_branch():
 
 
 @pytest.mark.parametrize("door", ["backend", "inside"])
-def test_branches_of_many_sizes_are_not_too_many_for_dynamo(door):
+def test_each_size_of_a_branch_is_a_function_of_its_own(door):
     """One text, and more sizes than Dynamo compiles a function for."""
-    stages = [Net(2, width, p=0.0) for width in range(4, 16)]
+    stages = [ConvNet(2, width, p=0.0) for width in range(4, 16)]
     model = nn.ModuleList(stages)
-
     inside = [mfx.momentumize(stage, 0.9) if door == "inside" else stage for stage in stages]
 
     def total(x):
         return sum(stage(x) for stage in inside)
 
-    x = rows()
+    x = images()
     backend = recording if door == "inside" else mfx.backend(0.9, recording)
-    net = torch.compile(total, backend=backend, fullgraph=True)
-    references = nn.ModuleList(mfx.momentumize(copy.deepcopy(stage), 0.9) for stage in stages)
+    references = nn.ModuleList(mfx.momentumize(copy.deepcopy(stage), 0.9, reversible=False) for stage in stages)
     expected = gradients(lambda x: sum(stage(x) for stage in references), references, x)
+    net = torch.compile(total, backend=backend, fullgraph=True)
     assert relative_error(gradients(net, model, x), expected) < 1e-9
-    assert computing("gelu") == len(stages)
+    assert computing("relu") == len(stages)
+    assert not any(isinstance(size, torch.SymInt) for gm in handed for size in sizes_in(gm)), "none is for all sizes"
+
+
+def sizes_in(gm):
+    values = (node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
+    return [size for value in values if isinstance(value, Tensor) and value.dim() == 4 for size in value.shape]
+
+
+def test_a_custom_function_is_compiled_for_each_kind_of_inputs():
+    model = Net(3, block=partial(Inside, what=cube))
+    mm = mfx.momentumize(model, 0.5)
+    net = torch.compile(mm, backend="aot_eager", fullgraph=True)
+    for count, dtype in ((5, torch.float64), (7, torch.float64), (7, torch.float32), (5, torch.float64)):
+        mm.to(dtype)
+        x = rows(count).detach().to(dtype).requires_grad_()
+        expected = gradients(mm, mm, x)
+        assert relative_error(gradients(net, mm, x), expected) < (1e-10 if dtype == torch.float64 else 1e-4)
+
+
+def test_a_first_block_whose_input_needs_no_gradient_is_compiled_once():
+    model = Net(1, p=0.0)
+    model.stem.requires_grad_(False)
+    mm, x = mfx.momentumize(model, 0.9), rows().detach()
+    net = torch.compile(mm, backend=recording, fullgraph=True)
+    net(x).sum().backward()
+    assert computing("gelu") == 1
 
 
 def test_explain_sees_one_graph():

@@ -29,8 +29,8 @@ def bits(value: Tensor) -> Tensor:
 def test_compiled_kernels_give_the_bits_of_the_eager_ones(layout: str, branch: torch.dtype, backend: str) -> None:
     made = fused(backend)
     for size in (5, 8):  # one compilation is for all sizes
-        x, w, value = (LAYOUTS[layout](torch.randn(2, 3, size, size, dtype=torch.float64)) for _ in range(3))
-        w, value = (w * 2.0**30).round(), value.to(branch)
+        x, w, value = (torch.randn(2, 3, size, size, dtype=torch.float64) for _ in range(3))
+        x, w, value = map(LAYOUTS[layout], (x, (w * 2.0**30).round(), value.to(branch)))
         per_w, unit = torch.tensor(2.0**28 * 0.3, dtype=torch.float64), torch.tensor(2.0**-20, dtype=torch.float64)
         given = x, w, value, False, per_w, 2.0**-13 * 0.7, unit
         for mine, theirs in zip(made.forward(*given), EAGER.forward(*given), strict=True):

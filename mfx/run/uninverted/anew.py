@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mfx.errors import BackwardError
 from mfx.run.recompute import as_inner, saved_tensors
-from mfx.torch_versions import by_plain_autograd, not_followed
+from mfx.torch_versions import not_followed
 
 
 class Anew(torch.autograd.Function):
@@ -55,8 +55,7 @@ class Anew(torch.autograd.Function):
         asked = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         ends, given = [value for value, _ in pairs], [grad for _, grad in pairs]
         del values, pairs
-        with by_plain_autograd():
-            found = iter(torch.autograd.grad(ends, asked, given, allow_unused=True) if ends else [None] * len(asked))
+        found = iter(torch.autograd.grad(ends, asked, given, allow_unused=True) if ends else [None] * len(asked))
         return (
             None,
             None,
