@@ -42,7 +42,7 @@ from mfx.rewrite import ByRoot, rewrite
 
 TOLERANCE = 1e-8
 """Relative error allowed in float64; a bias before a BatchNorm has no gradient but noise, so it is of the whole."""
-_NO_BLOCK = {"PROJECTION", "SCALED_SKIP", "NO_PARAMETERS", "BROADCAST"}
+_NO_BLOCK = {"PROJECTION", "SUBTRACTED_SKIP", "NO_PARAMETERS", "BROADCAST"}
 """What an add is that has no skip which x passes as it is, or no branch that learns."""
 _SMALL_FIRST = "atto femto pico nano xxtiny xxs xtiny tiny _ti_ mini _xs _s0 _t0 b0 _a0 _002 18 _s small 26".split()
 

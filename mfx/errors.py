@@ -74,8 +74,7 @@ class Reason(enum.Enum):
     """Why a residual add stays as it is, or a chain keeps its activations; the text has room for the node's name."""
 
     PROJECTION = "the skip path transforms x (through {node})"
-    SCALED_SKIP = "the skip is scaled: {node}"
-    SCALED_BRANCH = "the branch is scaled by a tensor: {node}"
+    SUBTRACTED_SKIP = "the skip is subtracted, or taken negative: {node}"
     NO_PARAMETERS = "the branch has no parameter"
     BROADCAST = "the branch value at {node} has another shape than x"
     WRITES_SKIP = "the branch writes to x in place at {node}"

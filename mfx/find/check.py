@@ -34,11 +34,13 @@ def _without_parameters(flow: Dataflow, block: Block) -> fx.Node | None:
     sides = [node for node in block.sides if not flow.origins[node]]
     if any(flow.has_parameters(node) for node in block.members):
         return None
-    return None if any(_from_parameter(flow, side) for side in sides) else block.value
+    return None if any(from_parameter(flow, side) for side in sides) else block.value
 
 
-def _from_parameter(flow: Dataflow, node: fx.Node) -> bool:
-    """Whether a value that depends on no input is computed from a parameter."""
+def from_parameter(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether a value depends on no input, and is computed from a parameter."""
+    if flow.origins[node]:
+        return False
     pending, seen = [node], set[fx.Node]()
     while pending:
         here = pending.pop()
@@ -68,7 +70,7 @@ def _write_faults(flow: Dataflow, block: Block) -> list[tuple[Reason, fx.Node | 
     add = block.add
     faults: list[tuple[Reason, fx.Node | None]] = []
     for node in block.members:
-        if node is add:
+        if node is add and block.written:
             continue
         for owner in {flow.memory[target] for target in flow.written.get(node, ())}:
             if block.written and node in block.tail and owner is flow.memory[add]:

@@ -1,6 +1,6 @@
 """Find: the residual blocks of a captured graph.  Pure; reads the graph, changes nothing.
 
-For each add ``y = s + b`` of two tensors computed from a common input:
+For each add ``y = s + b`` of two tensors computed from a common input (and other sums, :mod:`mfx.find.match`):
 
 1. the *skip* is the operand that the other one is computed from, looking through nodes that do nothing;
    where there is none the skip path transforms x and the add is kept;
@@ -30,7 +30,7 @@ from torch import fx, nn
 
 from mfx.find.block import Block, Rejection
 from mfx.find.far import Far, Spans
-from mfx.find.match import with_skip
+from mfx.find.match import match_sum, without_parts
 from mfx.find.named import calls_of, named_blocks
 from mfx.find.reshaped import take_in
 from mfx.find.tail import wrap
@@ -75,11 +75,11 @@ def find(
     for node in flow.nodes:
         if node in whole:
             matches.append(whole[node])
-        elif node in flow.adds and not only_whole and node not in covered:
-            match = with_skip(flow, node, flow.adds[node])
+        elif node in flow.sums and not only_whole and node not in covered:
+            match = match_sum(flow, node)
             match = match.collected(flow) if isinstance(match, Far) and not spans.is_far(match) else match
             matches += [match] if match is not None else []
-    matches = wrap(flow, take_in(flow, matches), part=bool(prefix))
+    matches = wrap(flow, take_in(flow, without_parts(flow, matches)), part=bool(prefix))
     names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)}, prefix)
     named = [replace(match, name=name) for match, name in zip(matches, names, strict=True)]
     return Found(

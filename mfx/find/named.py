@@ -12,7 +12,8 @@ from torch import fx
 from mfx.errors import Reason
 from mfx.find.block import Block, Rejection, collect
 from mfx.find.check import check
-from mfx.find.match import match_add
+from mfx.find.far import Far
+from mfx.find.match import match_sum
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import GIVEN, SHAPE, TAKEN
@@ -46,7 +47,8 @@ def named_blocks(flow: Dataflow, calls: tuple[Call, ...], kind: str) -> dict[fx.
     found: dict[fx.Node, Block | Rejection] = {}
     for call in calls:
         add = own_add(flow, call.x, call.value) if kind == "branch" else None
-        match = None if add is None else match_add(flow, add, flow.adds[add])
+        match = None if add is None else match_sum(flow, add)
+        match = match.collected(flow) if isinstance(match, Far) else match
         if match is None:
             match = _named(flow, call, kind)
         found[match.output if isinstance(match, Block) else match.add] = match

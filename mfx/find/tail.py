@@ -7,6 +7,7 @@ from torch import fx
 from mfx.find.block import Block, Rejection, collect
 from mfx.find.check import check
 from mfx.find.far import Far
+from mfx.find.match import is_mixed
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import RETURNED, SCOPE, SHAPE, Scope
@@ -21,7 +22,7 @@ def wrap(flow: Dataflow, matches: list[Block | Rejection | Far], part: bool = Fa
     ends: dict[fx.Node, Block] = {}
     wrapped: list[Block | Rejection | Far] = []
     for match in matches:
-        if isinstance(match, Block) and match.kind == "residual":
+        if isinstance(match, Block) and (match.kind == "residual" or is_mixed(match)):
             tail = _tail(flow, match, skips, ends.get(match.skip), part)
             if tail:
                 nodes = (match.output, *tail)
@@ -43,7 +44,7 @@ def _tail(flow: Dataflow, block: Block, skips: set[fx.Node], before: Block | Non
     for length, node in enumerate(path, 1):
         if node in skips:
             return tuple(path[:length])
-    if before is not None and before.tail:
+    if before is not None and len(before.tail) > 1:
         repeated = [_operation(flow, node) for node in before.tail[1:]]
         if [_operation(flow, node) for node in path[: len(repeated)]] == repeated:
             return tuple(path[: len(repeated)])

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from mfx.graph import operations
-from mfx.graph.adds import Add, add_form
 from mfx.graph.notes import LIFTED
 from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of
+from mfx.graph.sums import Add, Term, add_form, sum_of
 from mfx.graph.writes import writes
 
 
@@ -36,6 +36,7 @@ class Dataflow:
     nodes: tuple[fx.Node, ...]
     position: dict[fx.Node, int] = field(repr=False)
     adds: dict[fx.Node, Add] = field(repr=False)
+    sums: dict[fx.Node, tuple[Term, ...]] = field(repr=False)
     origins: dict[fx.Node, int] = field(repr=False)
     ancestors: dict[fx.Node, frozenset[fx.Node]] = field(repr=False)
     memory: dict[fx.Node, fx.Node] = field(repr=False)
@@ -82,7 +83,11 @@ def analyse(graph: fx.Graph, root: nn.Module, whole: Mapping[fx.Node, fx.Node] |
     nodes = tuple(graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
     adds = {node: form for node in nodes if (form := add_form(node)) is not None}
+    sums = {node: terms for node in nodes if (terms := sum_of(node, root))}
     last_read = _last_reads(nodes, position, adds, root, whole or {})
+    for node, terms in sums.items():
+        for skip in (skip for term in terms for skip in term.path):
+            last_read[skip] = max(position[node], last_read.get(skip, 0))
     memory = memory_of(nodes, root)
     written = {node: found for node in nodes if (found := writes(node, root))}
     origins, ancestors = _flow(nodes, position, last_read, memory, written)
@@ -93,6 +98,7 @@ def analyse(graph: fx.Graph, root: nn.Module, whole: Mapping[fx.Node, fx.Node] |
         nodes=nodes,
         position=position,
         adds=adds,
+        sums=sums,
         origins=origins,
         ancestors=ancestors,
         memory=memory,

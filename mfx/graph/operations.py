@@ -106,6 +106,8 @@ def is_noop(node: fx.Node, root: nn.Module) -> bool:
     name = name_of(node)
     if name in ("contiguous", "clone"):
         return True
+    if name in ("add", "radd") and node.op == "call_function":
+        return len(node.all_input_nodes) == 1 and any(type(value) is int and value == 0 for value in node.args)
     if is_dropout(name) and node.op == "call_function":
         return argument(node, 1, "p", 0.5) == 0
     if name == "to" and node.op == "call_method" and DTYPE_KEPT in node.meta:

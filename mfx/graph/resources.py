@@ -14,8 +14,8 @@ from collections import Counter
 from torch import fx, nn
 
 from mfx.graph import operations
-from mfx.graph.adds import Add
 from mfx.graph.notes import MODES
+from mfx.graph.sums import Add
 from mfx.graph.writes import aliased
 
 GENERATOR = "random generator"

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mfx.graph import operations
-from mfx.graph.adds import add_form
 from mfx.graph.notes import DTYPE_KEPT
 from mfx.graph.splice import is_pure
+from mfx.graph.sums import add_form
 from mfx.graph.writes import aliased, writes
 
 ROOT = nn.ModuleDict(
