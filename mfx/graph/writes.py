@@ -19,7 +19,7 @@ _VIEWS = frozenset(
     "split unbind tensor_split hsplit vsplit t T mT H mH movedim moveaxis swapaxes swapdims view_as diagonal "
     "contiguous to type_as float double half bfloat16 detach getitem real imag unfold as_strided getattr data "
     "broadcast_to atleast_1d atleast_2d atleast_3d ravel view_as_real view_as_complex requires_grad_ "
-    "values nested_tensor_from_jagged".split()
+    "values nested_tensor_from_jagged parted".split()
 )
 
 _MAY_PASS = (nn.Identity, DropoutNd, nn.Flatten, nn.Unflatten)

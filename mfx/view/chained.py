@@ -20,7 +20,7 @@ from torch import fx
 from mfx.budget.advice import free_to_keep
 from mfx.budget.prices import prices_of
 from mfx.find import Block, Found
-from mfx.graph.notes import DTYPE, SHAPE
+from mfx.graph.notes import DTYPE, ORIGINAL, SHAPE
 from mfx.plan import Chain, Plan
 from mfx.run.conditions import autocast_dtype
 from mfx.torch_versions import has_float64
@@ -44,7 +44,8 @@ def chain_rows(found: Found, plan: Plan, sizes: Mapping[fx.Node, int], peaks: Pe
 
 def activation_bytes(block: Block, sizes: Mapping[fx.Node, int]) -> int | None:
     """The bytes that a block keeps for backward in the original model."""
-    return sum(sizes.get(node, 0) for node in {*block.nodes, block.output}) if sizes else None
+    nodes = {node.meta.get(ORIGINAL, node) for node in (*block.nodes, block.output)}
+    return sum(sizes.get(node, 0) for node in nodes) if sizes else None
 
 
 def _row(chain: Chain, found: Found, sizes: Mapping[fx.Node, int]) -> ChainRow:

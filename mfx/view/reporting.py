@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from mfx.budget.owned import Owned, bytes_of, owned_by
 from mfx.find import Block, Found, Rejection
-from mfx.graph.notes import SHAPE
+from mfx.graph.notes import SHAPE, STREAMS
 from mfx.graph.shapes import Fake, propagate_shapes
 from mfx.model.conversion import check_model, require_inputs
 from mfx.model.outlook import Outlook, outlooks
@@ -186,6 +186,7 @@ def _momentum_row(chain: Chain, step: int, seen: _Seen) -> Row:
         chain=chain.number,
         parameters=_parameter_count(block.members, seen.found),
         shape=block.skip.meta.get(SHAPE),
+        streams=tuple(node.meta.get(SHAPE, ()) for node in block.skip.meta.get(STREAMS, ())),
         activation_bytes=activation_bytes(block, seen.sizes),
         treatment=_treatment(chain, step, seen),
     )
@@ -210,7 +211,7 @@ def _outside_chains(node: fx.Node, seen: _Seen) -> str:
 
 def _segment_row(index: int, seen: _Seen) -> SegmentRow:
     segment = seen.plan.segments[index]
-    saved = sum(seen.sizes.get(node, 0) for node in segment.members)
+    saved = activation_bytes(segment, seen.sizes) or 0
     return SegmentRow(segment.name, len(segment.members), saved, seen.plan.treatment(index))
 
 

@@ -20,6 +20,7 @@ class Row:
 
     ``status`` is ``"momentum"`` or ``"kept"`` (``reason`` says why), ``kind`` ``"residual"`` or ``"wrapped"``.
     ``shape`` (of x) and ``activation_bytes`` (kept for backward by the original block) need example inputs.
+    Where several streams are one state, ``streams`` are the shapes of each.
     ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``.
     """
 
@@ -31,6 +32,7 @@ class Row:
     parameters: int = 0
     shape: tuple[int, ...] | None = None
     activation_bytes: int | None = None
+    streams: tuple[tuple[int, ...], ...] = ()
     treatment: str = ""
 
 
@@ -200,7 +202,7 @@ def _cells(row: Row) -> dict[str, object]:
         "parameters": f"{row.parameters:,}" if row.parameters else "",
     }
     if row.shape is not None:
-        cells["x"] = "x".join(map(str, row.shape))
+        cells["x"] = ", ".join("x".join(map(str, shape)) for shape in row.streams or (row.shape,))
         cells["activations"] = "" if row.activation_bytes is None else format_bytes(row.activation_bytes)
     if row.treatment:
         cells["backward"] = row.treatment

@@ -244,8 +244,9 @@ def test_the_write_of_a_block_that_is_kept_after_all_stands_in_the_way_of_others
 
 def test_of_chains_that_would_have_to_wait_for_each_other_one_is_split():
     def forward(self, x, z):
+        first = z
         x, z = x + self.f(x), z + self.g(z)
-        return x + self.f(x) * z, z + self.g(z) * x
+        return x + self.f(x) * z * first, z + self.g(z) * x
 
     assert sorted(planned(forward).names) == [("#0",), ("#1", "#3"), ("#2",)]
 
