@@ -64,8 +64,10 @@ def _multiple_of(flow: Dataflow, term: Term, terms: Sequence[Term]) -> fx.Node |
     """What the term is a multiple of that another one is computed from."""
     if not term.kept or any(flow.origins[factor] for factor in term.by):
         return None
-    others = [other.path[0] for other in terms if other is not term]
-    return next((x for x in term.path if flow.origins[x] and any(x in flow.ancestors[one] for one in others)), None)
+    others = [other for other in terms if other is not term]
+    lost = {x for other in others if not other.kept for x in other.path}
+    after = [flow.ancestors[other.path[0]] for other in others]
+    return next((x for x in term.path if flow.origins[x] and x not in lost and any(x in up for up in after)), None)
 
 
 def _computes(flow: Dataflow, block: Block) -> bool:

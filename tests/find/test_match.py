@@ -74,6 +74,10 @@ def test_a_chain_of_blocks_under_a_scaled_skip_stays_the_chain():
     assert mfx.report(net(forward), X).rewritable == ["#0", "#1", "#2"]
 
 
+def test_a_skip_that_is_taken_away_again_is_none():
+    assert [block.output.name for block in found(lambda self, x: (x + self.f(x)) - x, {}).blocks] == ["add"]
+
+
 def test_a_long_sum_has_no_terms():
     def forward(self, x):
         total = x
