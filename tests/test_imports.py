@@ -108,7 +108,7 @@ def test_only_rewriting_and_capturing_build_graphs():
         "capture/dynamo.py",
         "capture/tracer.py",
         "compile/pieces.py",
-        "find/streams.py",
+        "find/streams/joining.py",
         "graph/splice.py",
         "rewrite/binding.py",
         "rewrite/compiled.py",
