@@ -99,7 +99,7 @@ MUTATIONS = (
     Mutation("what was there before counts in a confirming step", "view/fits/confirming.py",
              " - before + held", " + held", first="tests/view/fits/test_confirming.py"),
     # What is lost in silence if nobody looks
-    Mutation("statistics of torch's own normalizations taken for weights", "graph/writes.py", "else 3", "else 1",
+    Mutation("statistics of torch's own normalizations taken for weights", "graph/resources.py", "else 3", "else 1",
              first="tests/models/test_functional_norms.py"),
     Mutation("what hooks compute left alone", "run/watching/derived.py", "self.known.setdefault(leaf, True)",
              "self.known.setdefault(leaf, False)", first="tests/run/test_watched.py"),

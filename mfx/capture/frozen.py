@@ -29,7 +29,7 @@ from mfx.capture.tracer import Constant, Tracer
 from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import ADDED, Modes
-from mfx.graph.writes import aliased, writes
+from mfx.graph.resources import aliased, writes
 from mfx.torch_versions import GLOBAL_HOOKS, without_modes
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))

@@ -14,7 +14,7 @@ from mfx.find.block import Block, Rejection
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import LIFTED, SHAPE
-from mfx.graph.writes import moves_statistics
+from mfx.graph.resources import moves_statistics
 
 
 def check(flow: Dataflow, block: Block, named: bool = False) -> Block | Rejection:

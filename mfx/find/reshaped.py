@@ -4,7 +4,7 @@
 a block from x to y.  Transformers do so that flatten their tokens for the feed-forward part alone.
 
 1. P are the rearranging operations before the add's skip, Q those after the add, one by one.
-2. They are run on a tensor without data: where it comes out with x's shape and in its own order, Q undoes P.
+2. Whether Q undoes P: :mod:`mfx.graph.rearranging`.
 3. The block is taken as a wrapped one, ``F(x) = y - x``, if another block ends in x or starts from y.  Of two blocks
    in a row that could both be taken so, through the same rearrangement, the first is: either way links them.
 
@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from mfx.find.block import Block, Rejection, collect
 from mfx.find.check import check
 from mfx.find.far import Far
-from mfx.graph import operations
-from mfx.graph.dataflow import Dataflow, before_rearranging, rearranged
-from mfx.graph.notes import SHAPE
+from mfx.graph.dataflow import Dataflow
+from mfx.graph.rearranging import before_rearranging, is_undone, rearranged
 
 
 def take_in(flow: Dataflow, matches: Sequence[Block | Rejection | Far]) -> list[Block | Rejection | Far]:
@@ -56,36 +54,6 @@ def _around(flow: Dataflow, block: Block) -> tuple[fx.Node, tuple[fx.Node, ...]]
     if not before or not after:
         return None
     x = flow.source(before[0].all_input_nodes[0])
-    if not _undone(x, [*before, *after]):
+    if not is_undone(x, [*before, *after]):
         return None
     return x, (block.output, *after)
-
-
-def _undone(x: fx.Node, nodes: Sequence[fx.Node]) -> bool:
-    """Whether the rearrangements ``nodes`` of ``x`` come to nothing."""
-    shape = _sizes(x)
-    if shape is None:
-        return False
-    value = torch.empty(shape, device="meta")
-    for node in nodes:
-        sizes = _sizes(node)
-        if sizes is None:
-            return False
-        try:
-            value = _permuted(value, node) if operations.is_permutation(node) else value.view(sizes)
-        except (RuntimeError, IndexError, TypeError):
-            return False
-        if list(value.shape) != sizes:
-            return False
-    return list(value.shape) == shape and value.is_contiguous()
-
-
-def _permuted(value: torch.Tensor, node: fx.Node) -> torch.Tensor:
-    name = operations.name_of(node)
-    return getattr(value, name)(*node.args[1:], **node.kwargs)
-
-
-def _sizes(node: fx.Node) -> list[int] | None:
-    """The shape, where all of it is known."""
-    shape = node.meta.get(SHAPE)
-    return None if shape is None or not all(isinstance(size, int) for size in shape) else list(shape)

@@ -22,9 +22,9 @@ from torch import fx, nn
 
 from mfx.graph import operations
 from mfx.graph.notes import LIFTED
-from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of
+from mfx.graph.rearranging import before_rearranging, rearranged, source
+from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of, writes
 from mfx.graph.sums import Add, Term, add_form, sum_of
-from mfx.graph.writes import writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Dataflow:
 
     def source(self, node: fx.Node) -> fx.Node:
         """The value behind nodes that do nothing."""
-        return _source(node, self.root)
+        return source(node, self.root)
 
     def keeps_shape(self, node: fx.Node) -> bool:
         """Whether the node's value surely has its first input's shape."""
@@ -109,32 +109,6 @@ def analyse(graph: fx.Graph, root: nn.Module, whole: Mapping[fx.Node, fx.Node] |
     )
 
 
-def _source(node: fx.Node, root: nn.Module) -> fx.Node:
-    while node.op != "placeholder" and node.all_input_nodes and operations.is_noop(node, root):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def before_rearranging(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The rearranging operations that ``node`` is the last of, in order."""
-    found: list[fx.Node] = []
-    while operations.rearranges(node):
-        found.append(node)
-        node = node.all_input_nodes[0]
-    return tuple(reversed(found))
-
-
-def rearranged(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The rearranging operations after ``node``, each the only reader of the one before."""
-    found: list[fx.Node] = []
-    while True:
-        users = [user for user in node.users if not operations.is_query(user)]
-        if len(users) != 1 or not operations.rearranges(users[0]) or users[0].all_input_nodes[0] is not node:
-            return tuple(found)
-        node = users[0]
-        found.append(node)
-
-
 def _last_reads(
     nodes: tuple[fx.Node, ...],
     position: dict[fx.Node, int],
@@ -149,13 +123,13 @@ def _last_reads(
         if form is not None:
             end = position[(node, *rearranged(node))[-1]]
             for operand in (form.left, form.right):
-                skip = _source(operand, root)
+                skip = source(operand, root)
                 last[skip] = max(position[node], last.get(skip, 0))
                 for first in before_rearranging(skip)[:1]:
-                    x = _source(first.all_input_nodes[0], root)
+                    x = source(first.all_input_nodes[0], root)
                     last[x] = max(end, last.get(x, 0))
         if node in whole:
-            skip = _source(whole[node], root)
+            skip = source(whole[node], root)
             last[skip] = max(position[node], last.get(skip, 0))
     return last
 

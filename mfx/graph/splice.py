@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx, nn
 
 from mfx.graph.operations import is_ambient, is_assertion, is_known, is_random
-from mfx.graph.writes import writes
+from mfx.graph.resources import writes
 
 
 def drop_dead(graph: fx.Graph, root: nn.Module) -> None:

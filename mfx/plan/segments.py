@@ -24,7 +24,7 @@ from mfx.find import Block
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import LIFTED, SCOPE
-from mfx.graph.writes import moves_statistics
+from mfx.graph.resources import moves_statistics
 
 _ENDS = 400
 """The most places to cut that are compared in one stretch."""

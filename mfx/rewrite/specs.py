@@ -16,8 +16,8 @@ from torch import fx, nn
 from mfx.find import Block
 from mfx.graph.dataflow import Dataflow, get_attribute
 from mfx.graph.notes import GIVEN, MODES, SCOPE, SHAPE
+from mfx.graph.resources import moves_statistics, running_statistics
 from mfx.graph.sums import Add
-from mfx.graph.writes import moves_statistics, running_statistics
 from mfx.plan import Chain
 from mfx.rewrite.code import compile_graph
 from mfx.rewrite.compiled import Branches

@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from mfx.graph import operations
 from mfx.graph.notes import DTYPE_KEPT
+from mfx.graph.resources import aliased, writes
 from mfx.graph.splice import is_pure
 from mfx.graph.sums import add_form
-from mfx.graph.writes import aliased, writes
 
 ROOT = nn.ModuleDict(
     {
