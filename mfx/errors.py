@@ -86,6 +86,7 @@ class Reason(enum.Enum):
     NESTED = "nested in or around {node}, whose chain is kept"
     EXCLUDED = "excluded by the include / exclude patterns"
     NO_GAMMA = "no gamma given"
+    KEPT_BEFORE = "kept in the capture that came first"
     STORED_ON_REQUEST = "reversible=False"
     WITHIN_BUDGET = "the activation budget allows it"
 

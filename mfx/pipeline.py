@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -41,6 +42,7 @@ class Place:
 WHOLE = Place()
 """The model itself."""
 BY_ROOT = ByRoot()
+NOTHING: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def momentumize_graph(
     binding: Binding,
     model: nn.Module | None = None,
     place: Place = WHOLE,
+    before: Mapping[str, tuple[str, ...]] = NOTHING,
 ) -> Passed:
     """find -> plan -> rewrite for a graph with notes, which is left as it is.
 
@@ -84,6 +87,7 @@ def momentumize_graph(
         binding: the form that the graph is in.
         model: where it is not ``holder``, the module that was captured.
         place: where that stands in the model that the options are about.
+        before: the places of an earlier plan (:attr:`mfx.plan.Plan.places`), which this one takes over as it can.
 
     Raises:
         OptionError: an option names what is not there, or a layer that cannot be rewritten.
@@ -93,7 +97,7 @@ def momentumize_graph(
     graph_of_streams = with_streams(found.flow, streams) if streams else None
     if graph_of_streams is not None:
         found = find(graph_of_streams, holder, kind=options.kind, prefix=place.prefix)
-    planned = plan(found, options, place.numbers, place.first)
+    planned = plan(found, options, place.numbers, place.first, before)
     _require_named(holder if model is None else model, found, planned)
     return Passed(found, planned, rewrite(found, planned, binding))
 

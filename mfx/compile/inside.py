@@ -241,7 +241,8 @@ def _rewritten(
     live = Live(momentum, momentum.options)
     learned = _velocities(region, [inputs[node] for node in velocities])
     binding = Lifted(inner, branches, learned, live)
-    passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, momentum.place)
+    place, before = momentum.place, momentum.places
+    passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, place, before)
     expected = region.momentum.expected()
     if expected is not None and passed.plan.names != expected:
         raise PlanChangedError(

@@ -24,14 +24,15 @@ class Traceable(Protocol):
     """What compiling needs to know of a momentumized model.
 
     ``token`` is a text of its own for each model and each change of its options but for gamma: compiled code is used
-    only for the one it was made for.  ``stamp`` names the blocks whose gamma is not 0; ``compiled`` are the chains that
-    were compiled.
+    only for the one it was made for.  ``stamp`` names the blocks whose gamma is not 0; ``places`` are
+    those of the first plan, ``compiled`` the chains that were compiled.
     """
 
     options: Options
     token: str
     stamp: str
     place: Place
+    places: dict[str, tuple[str, ...]]
     compiled: WeakSet[Live]
 
     def expected(self) -> tuple[tuple[str, ...], ...] | None:

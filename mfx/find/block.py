@@ -12,7 +12,7 @@ What members read from elsewhere are *sides*; members read elsewhere are *escape
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import fx
@@ -90,7 +90,19 @@ def collect(
     """Collect the members, sides and escapes of the block from ``skip`` to ``value``, of the module ``home``."""
     members = _paths(flow, skip, value, tail)
     _absorb(flow, skip, members, flow.position[output], output.meta[SCOPE].path if home is None else home)
+    return _made(flow, Block(kind, skip, value, output, (), (), (), scale, written, tail), members)
+
+
+def with_members(flow: Dataflow, block: Block, more: set[fx.Node]) -> Block:
+    """The block with more nodes in it, and all that take items of them."""
+    members = {*block.members, *more}
+    return _made(flow, block, members | {user for node in more for user in node.users if _unpacks(user)})
+
+
+def _made(flow: Dataflow, block: Block, members: set[fx.Node]) -> Block:
+    """The block with these members, and the sides and escapes that they have."""
     ordered = tuple(sorted(members, key=flow.position.__getitem__))
+    skip, output = block.skip, block.output
     sides = {
         source: None
         for node in ordered
@@ -99,9 +111,9 @@ def collect(
     }
     inside = members | {output}
     handed = [node for node in ordered if any(user not in inside for user in node.users)]
-    ends = set[fx.Node]() if kind == "residual" else {value}
+    ends = set[fx.Node]() if block.kind == "residual" else {block.value}
     escapes = tuple(node for node in handed if node not in ends and not _asked_outside(node, skip, inside))
-    return Block(kind, skip, value, output, ordered, tuple(sides), escapes, scale, written, tail)
+    return replace(block, members=ordered, sides=tuple(sides), escapes=escapes)
 
 
 def _asked_outside(node: fx.Node, skip: fx.Node, inside: set[fx.Node]) -> bool:

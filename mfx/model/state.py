@@ -277,7 +277,7 @@ class Momentum:
         return self._add(Entry(captured, self._passed(root, captured), proven=True))
 
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:
-        return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place)
+        return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place, before=self.places)
 
     def _budgeted(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
         """The entry used last, planned for ``call`` if a budget is asked for and it has no plan yet."""

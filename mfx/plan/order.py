@@ -3,7 +3,8 @@
 A chain will run as one node where its last block ends.  So a block joins only if its add runs under the same grad mode
 and autocast, no side value of it is computed from
 the chain itself, and nothing changes in the order in which the random generator, written memory or shared stateful
-modules are used (:mod:`mfx.graph.resources`); otherwise a new chain starts there.
+modules are used (:mod:`mfx.graph.resources`); otherwise a new chain starts there.  What is drawn between two blocks
+becomes a part of the second one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import fx
 
 from mfx.errors import Reason
 from mfx.find import Block, Rejection
+from mfx.find.block import with_members
+from mfx.find.check import check
 from mfx.graph import operations
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import MODES, Modes
-from mfx.graph.resources import AMBIENT
+from mfx.graph.resources import AMBIENT, GENERATOR
 from mfx.plan.level import reject
 
 
@@ -42,10 +45,12 @@ def _runs(flow: Dataflow, blocks: list[Block], rejections: list[Rejection]) -> l
     ignored: set[tuple[object, fx.Node]] = {
         (flow.memory[block.add], node) for block in written for node in block.tail or (block.add,)
     }
+    owned = {node for block in blocks for node in block.nodes}
     for block in blocks:
         run = open_runs.pop(block.skip, None)
+        block = block if run is None else run.with_draws(block)
         if run is None or run.modes != block.output.meta.get(MODES) or run.obstacle(block) is not None:
-            run = _Run(flow, block.skip, ignored, block.output.meta.get(MODES))
+            run = _Run(flow, block.skip, ignored, block.output.meta.get(MODES), owned)
             obstacle = run.obstacle(block)
             if obstacle is not None:
                 rejections.append(reject(block, Reason.ORDER, obstacle))
@@ -66,7 +71,12 @@ class _Run:
     """
 
     def __init__(
-        self, flow: Dataflow, start: fx.Node, ignored: set[tuple[object, fx.Node]], modes: Modes | None
+        self,
+        flow: Dataflow,
+        start: fx.Node,
+        ignored: set[tuple[object, fx.Node]],
+        modes: Modes | None,
+        owned: set[fx.Node],
     ) -> None:
         self.flow = flow
         self.modes = modes
@@ -78,6 +88,7 @@ class _Run:
         self.phases: dict[object, int] = {}
         self.inside: bool | None = None
         self.ignored = ignored
+        self.owned = owned
 
     def obstacle(self, block: Block) -> fx.Node | None:
         """Take ``block`` in if possible; else the node that stands in the way (the run is then over)."""
@@ -95,6 +106,23 @@ class _Run:
                 self.phases[resource] = phase
         self.scanned = end
         return next((side for side in block.sides if side in self.late), None)
+
+    def with_draws(self, block: Block) -> Block:
+        """``block`` with the draws for it that stand between the chain so far and its add, and what is made of them.
+
+        They have their place in the order of all draws, and would end the chain.
+        """
+        span = self.flow.nodes[self.scanned : self.flow.position[block.output]]
+        taken, known = {*block.members, *self.owned}, self.members | self.late | self.states
+        free = [node for node in span if node not in taken and known.isdisjoint(node.all_input_nodes)]
+        drawn = {node for node in free if self.flow.may_draw(node) and GENERATOR in self.flow.resources.get(node, ())}
+        for node in free:
+            if not drawn.isdisjoint(node.all_input_nodes):
+                drawn.add(node)
+        if not any(not drawn.isdisjoint(member.all_input_nodes) for member in block.members):
+            return block
+        grown = check(self.flow, with_members(self.flow, block, drawn), named=True)
+        return grown if isinstance(grown, Block) else block
 
     def _switches(self, node: fx.Node) -> bool:
         """Whether a member runs under another mode than the members before it."""

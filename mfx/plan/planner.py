@@ -12,6 +12,7 @@ Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equatio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -32,17 +33,25 @@ from mfx.rule import Momentum, Rule
 _Row = TypeVar("_Row", Block, Far)
 
 
-def plan(found: Found, options: Options, numbers: Mapping[str, int] = MappingProxyType({}), first: int = 0) -> Plan:
+def plan(
+    found: Found,
+    options: Options,
+    numbers: Mapping[str, int] = MappingProxyType({}),
+    first: int = 0,
+    before: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> Plan:
     """The plan for ``found`` under ``options``.
 
     ``numbers`` are those of chains in the whole model, by first block; chains that have none count on from ``first``.
+    ``before`` are the places of an earlier plan, for another mode, say: where this one would make longer chains, it
+    makes those.
     """
     if not options.checked:
         _check_patterns(found, options)
     rejections = list(found.rejections)
     asked, far = _asked(found.blocks, options, rejections), _asked(found.far, options, rejections)
-    kept = one_level(found.flow, asked, far, rejections)
-    runs = runs_of(found.flow, kept, rejections)
+    kept = one_level(found.flow, _as_before(asked, before, rejections), _as_before(far, before, rejections), rejections)
+    runs = [part for run in runs_of(found.flow, kept, rejections) for part in _parts(run, before)]
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
     chains = [replace(chain, number=numbers.get(chain.names[0], first + chain.index)) for chain in chains]
     rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
@@ -69,6 +78,18 @@ def _asked(blocks: Iterable[_Row], options: Options, rejections: list[Rejection]
         else:
             asked.append(block)
     return asked
+
+
+def _as_before(rows: Iterable[_Row], before: Mapping[str, tuple[str, ...]], rejections: list[Rejection]) -> list[_Row]:
+    """The blocks that an earlier plan does not keep as they are."""
+    kept = [row for row in rows if before.get(row.name) == ()]
+    rejections += [reject(row, Reason.KEPT_BEFORE) for row in kept]
+    return [row for row in rows if row not in kept]
+
+
+def _parts(run: list[Block], before: Mapping[str, tuple[str, ...]]) -> list[list[Block]]:
+    """A run of blocks, parted where an earlier plan begins another chain."""
+    return [list(part) for _, part in itertools.groupby(run, lambda block: before.get(block.name))]
 
 
 def with_options(plan: Plan, options: Options) -> Plan:

@@ -101,6 +101,7 @@ class Recorder:
         self.snapshots: dict[int, State] = {}
         self.escapes = 0
         self.zeros: Tensor | None = None
+        self.nothing: dict[torch.dtype, Tensor] = {}
 
     def enter(self, setting: Setting, index: int) -> Tensor:
         """x as step ``index`` computes with it; what the plan keeps of the state is kept."""
@@ -122,7 +123,16 @@ class Recorder:
         self.state = x, v = setting.carry.advance(index, x, v, value)
         setting.observe(index + 1, x, v)
         own = gradient_dtype(self.dtype, x.dtype)
-        return x.detach().to(own) if index in self.wanted else _edge(x, own), _edge(v, own)
+        return x.detach().to(own) if index in self.wanted else self._edge(x, own), self._edge(v, own)
+
+    def _edge(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """What autograd takes for a state: its shape, and the dtype of its gradient; without values, if that can be."""
+        if state.is_nested:
+            return state.detach().to(dtype)
+        zero = self.nothing.get(dtype)
+        if zero is None:
+            zero = self.nothing[dtype] = state.new_zeros((), dtype=dtype)
+        return zero.expand(state.shape)
 
     @property
     def end(self) -> int:
@@ -213,10 +223,3 @@ def gradient_dtype(dtype: torch.dtype, carried: torch.dtype) -> torch.dtype:
     """
     wide = torch.promote_types(dtype, torch.float32)
     return wide if torch.promote_types(wide, carried) == carried else carried
-
-
-def _edge(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autograd takes for a state: its shape, and the dtype of its gradient; without values, if that can be."""
-    if state.is_nested:
-        return state.detach().to(dtype)
-    return state.new_zeros((), dtype=dtype).expand(state.shape)
