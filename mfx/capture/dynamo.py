@@ -240,12 +240,12 @@ def _slow_path() -> Iterator[None]:
 
 
 def _settings() -> Any:
-    """Log calls are passed by, since each would break the graph; guards see hooks added later."""
+    """Log calls are passed by, since each would break the graph, and so would an RNN; guards see hooks added later."""
     config = dynamo().config
     classes = {logging.Logger, logging.getLoggerClass()}
     calls = {getattr(kind, name, None) for kind in classes for name in _LOGGING} - {None}
     ignored = {*config.ignore_logging_functions, *calls, warnings.warn}
-    return config.patch(ignore_logging_functions=ignored, skip_nnmodule_hook_guards=False)
+    return config.patch(ignore_logging_functions=ignored, skip_nnmodule_hook_guards=False, allow_rnn=True)
 
 
 def pass_by_masks(root: nn.Module) -> None:

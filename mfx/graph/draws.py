@@ -38,6 +38,7 @@ RANDOM: dict[str, Draw] = {
     **_rows("rand_like randn_like bernoulli bernoulli_ uniform_ normal_ exponential_"),
     **_rows("scaled_dot_product_attention multi_head_attention_forward gumbel_softmax"),
     **_rows("native_dropout drop_block2d drop_block3d rrelu rrelu_ randint_like"),
+    **_rows("lstm gru rnn_tanh rnn_relu"),
     **_rows("multinomial poisson binomial random_ cauchy_ log_normal_ geometric_"),
     **_rows("fractional_max_pool2d fractional_max_pool3d"),
     **_rows("fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices"),
