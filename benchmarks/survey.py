@@ -173,7 +173,7 @@ def _store(side: Momentum) -> None:
     side.options = replace(side.options, reversible=False)
     for index, old in enumerate(side.entries):
         found = old.passed.found
-        planned = plan(found, side.options, side.place.numbers, side.place.first)
+        planned = plan(found, side.options, side.place.numbers, side.place.first, side.places)
         side.entries[index] = replace(old, passed=Passed(found, planned, rewrite(found, planned, ByRoot())))
 
 

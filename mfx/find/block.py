@@ -63,12 +63,16 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """A residual add that is kept, the reason, and the node that the reason is about."""
+    """A residual add that is kept, the reason, and the node that the reason is about.
+
+    One that is not ``residual`` is a sum of values that come from one, but no skip and branch.
+    """
 
     add: fx.Node
     reason: Reason
     node: object = None
     name: str = ""
+    residual: bool = True
 
     @property
     def text(self) -> str:

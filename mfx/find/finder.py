@@ -23,7 +23,7 @@ Known limits: blocks whose skip and branch meet otherwise than in an add (concat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -40,16 +40,17 @@ from mfx.graph.notes import SCOPE
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What :func:`find` found, in order of execution."""
+    """What :func:`find` found, in order of execution; ``sums`` are no residual adds."""
 
     flow: Dataflow
     blocks: tuple[Block, ...]
     rejections: tuple[Rejection, ...]
     far: tuple[Far, ...] = ()
+    sums: tuple[Rejection, ...] = ()
 
     @property
     def rows(self) -> tuple[Block | Rejection | Far, ...]:
-        """All of them, in no order."""
+        """All residual adds, in no order."""
         return (*self.blocks, *self.rejections, *self.far)
 
 
@@ -80,24 +81,30 @@ def find(
             match = match.collected(flow) if isinstance(match, Far) and not spans.is_far(match) else match
             matches += [match] if match is not None else []
     matches = wrap(flow, take_in(flow, without_parts(flow, matches)), part=bool(prefix))
-    names = _names(matches, {end: call.path for end, call in zip(whole, calls, strict=True)}, prefix)
-    named = [replace(match, name=name) for match, name in zip(matches, names, strict=True)]
+    sums = [match for match in matches if isinstance(match, Rejection) and not match.residual]
+    matches = [match for match in matches if match not in sums]
+    paths = {end: call.path for end, call in zip(whole, calls, strict=True)}
+    named = [replace(match, name=name) for match, name in zip(matches, _names(matches, paths, prefix), strict=True)]
+    apart = [replace(one, name=name) for one, name in zip(sums, _names(sums, paths, prefix, "~"), strict=True)]
     return Found(
         flow,
         tuple(match for match in named if isinstance(match, Block)),
         tuple(match for match in named if isinstance(match, Rejection)),
         tuple(match for match in named if isinstance(match, Far)),
+        tuple(apart),
     )
 
 
-def _names(matches: list[Block | Rejection | Far], whole: Mapping[fx.Node, str], prefix: str) -> list[str]:
+def _names(
+    matches: Sequence[Block | Rejection | Far], whole: Mapping[fx.Node, str], prefix: str, mark: str = "#"
+) -> list[str]:
     """Module path of each residual add, with ``#k`` where one module runs several or at the root."""
     paths = [".".join(filter(None, (prefix, _path(match, whole)))) for match in matches]
     total = Counter(paths)
     seen: Counter[str] = Counter()
     names = []
     for path in paths:
-        names.append(f"{path}#{seen[path]}" if total[path] > 1 or not path else path)
+        names.append(f"{path}{mark}{seen[path]}" if total[path] > 1 or not path else path)
         seen[path] += 1
     return names
 

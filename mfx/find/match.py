@@ -14,11 +14,12 @@ from torch import fx
 
 from mfx.errors import Reason
 from mfx.find.block import Block, Rejection, collect
-from mfx.find.check import check, from_parameter
+from mfx.find.check import check
 from mfx.find.far import Far
+from mfx.find.fork import any_computes, parts_compute
 from mfx.graph.dataflow import Dataflow
 from mfx.graph.notes import SCOPE
-from mfx.graph.sums import Add, Term, is_scaling
+from mfx.graph.sums import Add, Term
 
 Found = Block | Far | Rejection
 
@@ -55,7 +56,7 @@ def mixed(flow: Dataflow, total: fx.Node) -> Block | None:
     starts = [x for term in terms if (x := _multiple_of(flow, term, terms)) is not None]
     for skip in sorted(starts, key=flow.position.__getitem__):
         block = check(flow, collect(flow, "wrapped", skip, total, total, (total,)))
-        if isinstance(block, Block) and _computes(flow, block):
+        if isinstance(block, Block) and any_computes(flow, block.members):
             return block
     return None
 
@@ -70,16 +71,6 @@ def _multiple_of(flow: Dataflow, term: Term, terms: Sequence[Term]) -> fx.Node |
     return next((x for x in term.path if flow.origins[x] and x not in lost and any(x in up for up in after)), None)
 
 
-def _computes(flow: Dataflow, block: Block) -> bool:
-    """Whether the parameters of the block do more than to scale."""
-    return any(
-        flow.has_parameters(node)
-        or (not is_scaling(node) and any(from_parameter(flow, source) for source in node.all_input_nodes))
-        for node in block.members
-        if flow.origins[node]
-    )
-
-
 def with_skip(flow: Dataflow, add: fx.Node, form: Add) -> Far | Rejection | None:
     """The add with its skip, without the nodes between; why it has none, or None where the add is not residual."""
     left, right = form.left, form.right
@@ -91,7 +82,8 @@ def with_skip(flow: Dataflow, add: fx.Node, form: Add) -> Far | Rejection | None
             return Rejection(add, Reason.SUBTRACTED_SKIP, add) if shared else None
         skip, value, scale = flow.source(right), left, 1.0
     else:
-        return Rejection(add, Reason.PROJECTION, _shorter_path(flow, left, right)) if shared else None
+        node = _shorter_path(flow, left, right)
+        return Rejection(add, Reason.PROJECTION, node, residual=parts_compute(flow, left, right)) if shared else None
     if isinstance(scale, fx.Node):
         return None
     written = "" if form.written is None else "branch" if form.written is value else "skip"

@@ -170,7 +170,7 @@ def resources_of(
         if operations.is_query(node):
             continue
         held: set[object] = {memory[source] for source in node.all_input_nodes if memory[source] in writers}
-        if operations.is_random(node, root):
+        if operations.is_random(node, root) and not operations.is_noop(node, root):
             held.add(GENERATOR)
         if node in switched:
             held.add(AMBIENT)

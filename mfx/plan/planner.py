@@ -50,8 +50,8 @@ def plan(
         _check_patterns(found, options)
     rejections = list(found.rejections)
     asked, far = _asked(found.blocks, options, rejections), _asked(found.far, options, rejections)
-    kept = one_level(found.flow, _as_before(asked, before, rejections), _as_before(far, before, rejections), rejections)
-    runs = [part for run in runs_of(found.flow, kept, rejections) for part in _parts(run, before)]
+    kept = one_level(found.flow, asked, far, rejections)
+    runs = _as_before(runs_of(found.flow, kept, rejections), before, rejections)
     chains = [_chain(index, run, options, found.flow) for index, run in enumerate(runs)]
     chains = [replace(chain, number=numbers.get(chain.names[0], first + chain.index)) for chain in chains]
     rejections.sort(key=lambda rejection: found.flow.position[rejection.add])
@@ -80,16 +80,19 @@ def _asked(blocks: Iterable[_Row], options: Options, rejections: list[Rejection]
     return asked
 
 
-def _as_before(rows: Iterable[_Row], before: Mapping[str, tuple[str, ...]], rejections: list[Rejection]) -> list[_Row]:
-    """The blocks that an earlier plan does not keep as they are."""
-    kept = [row for row in rows if before.get(row.name) == ()]
-    rejections += [reject(row, Reason.KEPT_BEFORE) for row in kept]
-    return [row for row in rows if row not in kept]
-
-
-def _parts(run: list[Block], before: Mapping[str, tuple[str, ...]]) -> list[list[Block]]:
-    """A run of blocks, parted where an earlier plan begins another chain."""
-    return [list(part) for _, part in itertools.groupby(run, lambda block: before.get(block.name))]
+def _as_before(
+    runs: Iterable[list[Block]], before: Mapping[str, tuple[str, ...]], rejections: list[Rejection]
+) -> list[list[Block]]:
+    """The runs, parted where an earlier plan begins another chain, without the blocks that it keeps."""
+    parts: list[list[Block]] = []
+    for run in runs:
+        for chain, part in itertools.groupby(run, lambda block: before.get(block.name)):
+            blocks = list(part)
+            if chain == ():
+                rejections += [reject(block, Reason.KEPT_BEFORE) for block in blocks]
+            else:
+                parts.append(blocks)
+    return parts
 
 
 def with_options(plan: Plan, options: Options) -> Plan:

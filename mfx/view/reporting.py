@@ -108,7 +108,8 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     forecasts = [one.plan.forecast for one in seen if one.plan.forecast is not None]
     most = max(forecasts, key=lambda forecast: forecast.peak, default=None)
     step = None if owned is None else _step(found, seen, owned)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step)
+    sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums)
 
 
 def _step(found: Mapping[str, Outlook], seen: list[_Seen], owned: Owned) -> StepMemory:

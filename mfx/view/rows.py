@@ -121,6 +121,7 @@ class Report:
     Under an ``activation_budget``, ``segments`` has a row for each piece outside of chains that is recomputed, each
     block a ``treatment``, and ``forecast`` the peak of a training step (of the part that needs most, where a model is
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
+    ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
     """
 
     model: str
@@ -131,6 +132,7 @@ class Report:
     segments: tuple[SegmentRow, ...] = ()
     forecast: Forecast | None = None
     step: StepMemory | None = None
+    sums: tuple[Row, ...] = ()
 
     @property
     def rewritable(self) -> list[str]:
@@ -149,6 +151,7 @@ class Report:
             "segments": [asdict(row) for row in self.segments],
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "step": None if self.step is None else asdict(self.step),
+            "sums": [_jsonable(asdict(row)) for row in self.sums],
         }
 
     def to_networkx(self) -> nx.DiGraph:

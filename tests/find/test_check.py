@@ -55,18 +55,9 @@ def escape_overwritten(self, x):
         case("f(x) - x", lambda self, x: self.f(x) - x, Reason.SUBTRACTED_SKIP, "sub"),
         case("skip taken negative", lambda self, x: torch.add(self.f(x), x, alpha=-0.5), Reason.SUBTRACTED_SKIP, "add"),
         case("negative multiple", lambda self, x: -0.5 * x + self.f(x), Reason.PROJECTION, "f"),
-        case("highway", lambda self, x: (g := self.g(x)) * x + (1 - g) * self.f(x), Reason.PROJECTION, "mul_1"),
         case("scaled by an input", lambda self, x, a: x * a + self.f(x), Reason.PROJECTION, "mul"),
-        case(
-            "mixed by parameters alone",
-            lambda self, x: x * self.p + x.roll(1, 0) * (1 - self.p),
-            Reason.PROJECTION,
-            "mul",
-            p=nn.Parameter(torch.ones(4)),
-        ),
         case("gelu", lambda self, x: x + 0.044715 * x**3, Reason.NO_PARAMETERS, "mul"),
         case("x + x", lambda self, x: x + x, Reason.NO_PARAMETERS, "x"),
-        case("rotary embedding", lambda self, x: x * 2 + (x * 2).flip(-1), Reason.PROJECTION, "mul"),
         case("scaled by a buffer", lambda self, x: x + x * self.b, Reason.NO_PARAMETERS, "mul", b=torch.ones(4)),
         case("relu_ on x", branch_relu_in_place, Reason.WRITES_SKIP, "relu_"),
         case("a view of x written", branch_writes_view, Reason.WRITES_SKIP, "mul_"),
@@ -128,6 +119,26 @@ def test_adds_of_values_that_have_nothing_in_common_are_not_even_listed(forward,
     result = found(forward, parts)
     assert not result.blocks
     assert not result.rejections
+
+
+@pytest.mark.parametrize(
+    ("forward", "parts"),
+    [
+        case("highway", lambda self, x: (g := self.g(x)) * x + (1 - g) * self.f(x)),
+        case("rotary embedding", lambda self, x: x * 2 + (x * 2).flip(-1)),
+        case("modulation", lambda self, x: (c := self.f(x).chunk(2, -1))[0] * self.g(x).mean() + c[1]),
+        case(
+            "mixed by parameters alone",
+            lambda self, x: x * self.p + x.roll(1, 0) * (1 - self.p),
+            p=nn.Parameter(torch.ones(4)),
+        ),
+    ],
+)
+def test_sums_without_a_layer_since_their_values_parted_are_no_residual_adds(forward, parts):
+    """They have names of their own, which move no block's name."""
+    result = found(lambda self, x: forward(self, x).sum() + (x + self.h(x)), parts)
+    assert [(row.name, row.reason) for row in result.sums][:1] == [("~0", Reason.PROJECTION)]
+    assert [block.name for block in result.blocks] == ["#0"]
 
 
 def test_an_add_that_broadcasts_is_kept_where_shapes_are_known():
