@@ -213,7 +213,10 @@ class Tracer(fx.Tracer):
 
 
 class _Value(fx.Proxy):
-    """A symbolic value that records ``x += y`` as the write to x that it is, and not as ``x = x + y``."""
+    """A symbolic value that records ``x += y``, and ``x[i] = y``, as the write to x that it is."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __hash__(self) -> int:
         # A dict or set would look a number up by identity, and say in silence that it is not there.

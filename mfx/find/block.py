@@ -134,7 +134,7 @@ def _paths(flow: Dataflow, skip: fx.Node, value: fx.Node, tail: tuple[fx.Node, .
         if node in members or node is skip or skip not in flow.ancestors[node]:
             continue
         members.add(node)
-        pending += [] if operations.is_query(node) else node.all_input_nodes
+        pending += [] if operations.is_query(node) or operations.is_like_factory(node) else flow.inputs(node)
     return members
 
 
@@ -189,7 +189,9 @@ def _unpacks_number(node: fx.Node) -> bool:
 
 
 def _only_writes(flow: Dataflow, node: fx.Node, value: fx.Node) -> bool:
-    """Whether the node does nothing but write to the memory of ``value``."""
+    """Whether the node does nothing but write to the memory of ``value``, or is a view for such writes alone."""
+    if flow.memory[node] is flow.memory[value] and node.users and node not in flow.written:
+        return all(_only_writes(flow, user, value) for user in node.users)
     targets = flow.written.get(node, ())
     return not node.users and any(flow.memory[target] is flow.memory[value] for target in targets)
 
@@ -202,7 +204,7 @@ def _follows(flow: Dataflow, node: fx.Node, skip: fx.Node, members: set[fx.Node]
     if operations.is_query(node):
         return True
     if node.users:
-        return False
+        return flow.memory[node] in members and _only_writes(flow, node, flow.memory[node])
     if operations.is_assertion(node):
         return all(source in members or source is skip for source in sources)
     return any(flow.memory[target] in members for target in flow.written.get(node, ()))

@@ -6,7 +6,8 @@ One pass over the nodes, in order:
    flow, so a value built from sizes alone depends on nothing.
 2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from, or that were written into its
    memory before.
-3. ``ancestors`` is the set of *skip candidates* a value is computed from.  A candidate is dropped from the
+3. ``ancestors`` is the set of *skip candidates* a value is computed from, by what was written into its memory, too;
+   running statistics do not count.  A candidate is dropped from the
    sets after the last add that reads it, so on a chain of blocks the sets stay small and the pass linear.
 4. ``memory``, ``writers``, ``stale_reads`` and ``resources`` are those of :mod:`mfx.graph.resources`.
 
@@ -23,7 +24,7 @@ from torch import fx, nn
 from mfx.graph import operations
 from mfx.graph.notes import LIFTED
 from mfx.graph.rearranging import before_rearranging, rearranged, source
-from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of, writes
+from mfx.graph.resources import memory_of, moves_statistics, resources_of, stale_reads_of, writers_of, writes
 from mfx.graph.sums import Add, Term, add_form, sum_of
 
 
@@ -44,6 +45,14 @@ class Dataflow:
     writers: dict[fx.Node, tuple[fx.Node, ...]] = field(repr=False)
     stale_reads: dict[fx.Node, fx.Node] = field(repr=False)
     resources: dict[fx.Node, frozenset[object]] = field(repr=False)
+
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """What a node computes from: its inputs, and the nodes that have written to their memory before."""
+        found = node.all_input_nodes
+        here = self.position[node]
+        for owner in dict.fromkeys(self.memory[node] for node in found):
+            found += [writer for writer in self.writers.get(owner, ()) if self.position[writer] < here]
+        return found
 
     def source(self, node: fx.Node) -> fx.Node:
         """The value behind nodes that do nothing."""
@@ -144,6 +153,7 @@ def _flow(
     origins: dict[fx.Node, int] = {}
     ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
     contents: dict[fx.Node, int] = {}
+    held: dict[fx.Node, frozenset[fx.Node]] = {}
     inputs = 0
     for node in nodes:
         mask, above = 0, frozenset[fx.Node]()
@@ -154,9 +164,11 @@ def _flow(
         elif not operations.is_query(node) and not operations.is_like_factory(node):
             for source in node.all_input_nodes:
                 mask |= origins[source] | contents.get(memory[source], 0)
-                above |= ancestors[source]
+                above |= ancestors[source] | held.get(memory[source], frozenset())
             for target in written.get(node, ()):
                 contents[memory[target]] = contents.get(memory[target], 0) | mask
+                if not moves_statistics(node):
+                    held[memory[target]] = held.get(memory[target], frozenset()) | above
         here = position[node]
         above = frozenset(skip for skip in above if last_read[skip] >= here)
         origins[node] = mask

@@ -12,7 +12,6 @@ Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equatio
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -83,15 +82,22 @@ def _asked(blocks: Iterable[_Row], options: Options, rejections: list[Rejection]
 def _as_before(
     runs: Iterable[list[Block]], before: Mapping[str, tuple[str, ...]], rejections: list[Rejection]
 ) -> list[list[Block]]:
-    """The runs, parted where an earlier plan begins another chain, without the blocks that it keeps."""
+    """The runs, parted where an earlier plan begins another chain, without the blocks that it keeps.
+
+    A block that it has not stays where it is: the model is another one, and not in another mode alone.
+    """
     parts: list[list[Block]] = []
     for run in runs:
-        for chain, part in itertools.groupby(run, lambda block: before.get(block.name)):
-            blocks = list(part)
+        last = None
+        for block in run:
+            chain = before.get(block.name, last)
             if chain == ():
-                rejections += [reject(block, Reason.KEPT_BEFORE) for block in blocks]
+                rejections.append(reject(block, Reason.KEPT_BEFORE))
+            elif block is run[0] or chain != last:
+                parts.append([block])
             else:
-                parts.append(blocks)
+                parts[-1].append(block)
+            last = chain
     return parts
 
 

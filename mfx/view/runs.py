@@ -72,6 +72,15 @@ class Trial:
         self.device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self.devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
         self.state = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+        self.asking = True
+
+    def first(self, model: nn.Module) -> Run:
+        """The original's run.  Where it takes no inputs that ask for a gradient, they do not from then on."""
+        try:
+            return self.run(model)
+        except RuntimeError:
+            self.asking = False
+            return self.run(model)
 
     def reset(self, mm: nn.Module) -> None:
         """Give a model the buffers of the start, objects and values."""
@@ -114,18 +123,19 @@ class Trial:
         return seconds, found
 
     def _start(self, mm: nn.Module) -> tuple[Named, tuple[Any, ...], dict[str, Any]]:
-        """Reset buffers and generators; gives fresh inputs, the floating ones also by name."""
+        """Reset buffers and generators; gives fresh inputs, those that ask for a gradient also by name."""
         self.reset(mm)
         random.seed(self.seed)
         torch.manual_seed(self.seed)
-        inputs = {
-            f"input {index}": leaf.detach().clone().requires_grad_()
-            for index, leaf in enumerate(self.call.leaves)
+        fresh = [
+            leaf.detach().clone().requires_grad_(self.asking)
             if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        }
-        fresh = [inputs.get(f"input {index}", leaf) for index, leaf in enumerate(self.call.leaves)]
+            else leaf
+            for leaf in self.call.leaves
+        ]
         args, kwargs = pytree.tree_unflatten(fresh, self.call.spec)
-        return inputs, args, kwargs
+        named = {f"input {index}": leaf for index, leaf in enumerate(fresh) if isinstance(leaf, Tensor)}
+        return {name: leaf for name, leaf in named.items() if leaf.requires_grad and self.asking}, args, kwargs
 
     def _gradients(self, mm: nn.Module, inputs: Named, output: Any) -> Named:
         with torch.enable_grad():

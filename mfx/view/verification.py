@@ -116,7 +116,7 @@ def _against_original(
     plain = {**options, "velocity": "zero" if callable(velocity) else velocity, "state_dtype": "auto"}
     zero = dict.fromkeys(gamma, 0.0) if isinstance(gamma, Mapping) else 0.0
     mm = momentumize(model, zero, **plain)
-    expected = trial.run(model)
+    expected = trial.first(model)
     got = trial.run(mm)
     outputs, buffers = error(got.outputs, expected.outputs), _largest_error(got.buffers, expected.buffers)
     parts = ((expected.outputs, got.outputs), (expected.gradients, got.gradients), (expected.buffers, got.buffers))

@@ -393,3 +393,18 @@ def test_the_error_of_a_chain_is_that_of_its_own_parameters():
     found = mfx.verify(Net(12, p=0.0).float(), x, gamma=0.7, **options)
     (chain,) = found.chains
     assert 0 < chain.gradient_error < 1e-2
+
+
+class TakesNoGradient(Net):
+    """Asks its own input for a gradient (wav2vec2's feature encoder), which no value with a history can be."""
+
+    def forward(self, x):
+        x = x[:]
+        x.requires_grad = True
+        return super().forward(x)
+
+
+def test_inputs_ask_for_no_gradient_where_the_model_does_not_take_that():
+    found = mfx.verify(TakesNoGradient(2), rows().detach(), gamma=0.8, capture="dynamo")
+    assert found.ok
+    assert not [name for name in found.gradient_errors if name.startswith("input")]
