@@ -1,15 +1,17 @@
-"""Survey: which models of timm and Hugging Face can be captured and rewritten, and are right afterwards.
+"""Survey: which models of other libraries can be captured and rewritten, and are right afterwards.
 
-One small model of every timm family, and tiny random configurations of Hugging Face architectures, in float64 and
-train mode with dropout alive.  For each model:
+One small model of every timm family, and tiny random configurations of Hugging Face architectures and of what people
+run out of memory on (diffusion transformers, restoration, language models of other libraries: the extra ``survey``
+has these), in float64 and train mode with dropout alive.  For each model:
 
 1. it is captured (fx, or Dynamo where fx cannot follow or the proof refuses what it gave) and rewritten;
 2. at gamma = 0, outputs, gradients and buffers are compared with the original's under the same seed;
-3. at gamma = 0.9, those of the reversible run with those of the stored run;
+3. at gamma = 0.9, those of the reversible run with those of the stored run; and how many of the bytes that the
+   original keeps for backward are kept;
 4. the seconds until the first call has returned (``momentumize`` and a forward) and those of them that the proofs of
    its captures took; what a proof that refused said.
 
-Usage: ``python benchmarks/survey.py [timm|hf] [NAME ...] [--table results.jsonl ...]``; prints one JSON object a
+Usage: ``python benchmarks/survey.py [timm|hf|more] [NAME ...] [--table results.jsonl ...]``; prints one JSON object a
 model, and with ``--table`` the Markdown table of earlier output.
 """
 
@@ -33,6 +35,7 @@ from torch.utils import _pytree as pytree
 
 import mfx
 from mfx.errors import CaptureError
+from mfx.memory import kept_bytes
 from mfx.model import state
 from mfx.model.parts import parts_of
 from mfx.model.state import Momentum
@@ -87,6 +90,16 @@ def huggingface_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, An
     from survey_models import MODELS
 
     yield from MODELS.items()
+
+
+def more_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """Small configurations of models with several streams, long skips, groups of blocks."""
+    from survey_more import MODELS
+
+    yield from MODELS.items()
+
+
+SOURCES = {"timm": timm_models, "hf": huggingface_models, "more": more_models}
 
 
 def survey(name: str, make: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
@@ -163,9 +176,21 @@ def _compare(model: nn.Module, inputs: Any, row: dict[str, Any]) -> None:
     row["gamma_0"] = _error(got, expected)
     mfx.set_gamma(mm, 0.9)
     got = _run(mm, inputs)
+    row["share"] = _kept(mm, inputs) / _kept(model, inputs)
     for side in sides:
         _store(side)
     row["gradients"] = _error(got, _run(mm, inputs))
+
+
+def _kept(net: nn.Module, inputs: Any) -> int:
+    """The bytes that a forward keeps for backward; the model is left as it is."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    kept, _ = kept_bytes(net, tensors, lambda: _call(net, inputs))
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return kept
 
 
 def _store(side: Momentum) -> None:
@@ -250,6 +275,11 @@ def cost(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _saved(rows: list[dict[str, Any]]) -> str:
+    shares = [row["share"] for row in rows if "share" in row]
+    return f" They keep {median(shares):.3f} (median) of the bytes that plain backprop keeps." if shares else ""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, after a summary."""
     verdicts = [verdict(row) for row in rows]
@@ -257,13 +287,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     right = verdicts.count("right")
     lines = [
         f"{len(rows)} models, {len(residual)} of them residual; {right} ({right / max(len(residual), 1):.0%}) "
-        "rewritten, equal to the original at gamma = 0, and with the gradients of the stored run.",
+        f"rewritten, equal to the original at gamma = 0, and with the gradients of the stored run.{_saved(rows)}",
         "",
         cost(rows),
         "",
-        "| family | model | capture | blocks | chains | gamma = 0 | reversible - stored "
+        "| family | model | capture | blocks | chains | bytes kept, of plain | gamma = 0 | reversible - stored "
         "| first call, s | without proof | verdict |",
-        "| --- " * 10 + "|",
+        "| --- " * 11 + "|",
     ]
     for row, said in zip(rows, verdicts, strict=True):
         why = row.get("reason") or (", ".join(row["kept"]) if said == "kept" else "")
@@ -271,6 +301,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         known = "first_call" in row
         seconds = [f"{row['first_call'] - row['proof'] * left:.1f}" if known else "" for left in (0, 1)]
         cells = [row.get(key, "") for key in ("family", "model", "capture", "rewritten", "chains")]
+        cells.append(f"{row['share']:.3f}" if "share" in row else "")
         said = f"{said}: {why}".replace("|", "/") if why else said
         lines.append("| " + " | ".join(map(str, [*cells, *numbers, *seconds, said])) + " |")
     return "\n".join(lines)
@@ -278,7 +309,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", nargs="?", choices=["timm", "hf"], default="hf")
+    parser.add_argument("source", nargs="?", choices=[*SOURCES], default="hf")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--table", nargs="+", type=Path, help="print the table of these files")
     arguments = parser.parse_args()
@@ -288,7 +319,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name, make in timm_models() if arguments.source == "timm" else huggingface_models():
+    for name, make in SOURCES[arguments.source]():
         if not arguments.names or name in arguments.names:
             torch._dynamo.reset()
             print(json.dumps(survey(name, make)), flush=True)
