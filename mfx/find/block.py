@@ -134,7 +134,7 @@ def _paths(flow: Dataflow, skip: fx.Node, value: fx.Node, tail: tuple[fx.Node, .
         if node in members or node is skip or skip not in flow.ancestors[node]:
             continue
         members.add(node)
-        pending += [] if operations.is_query(node) or operations.is_like_factory(node) else flow.inputs(node)
+        pending += [] if operations.is_query(node) or operations.is_like_factory(node) else flow.inputs(node, skip)
     return members
 
 

@@ -16,6 +16,7 @@ One pass over the nodes, in order:
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,12 +47,14 @@ class Dataflow:
     stale_reads: dict[fx.Node, fx.Node] = field(repr=False)
     resources: dict[fx.Node, frozenset[object]] = field(repr=False)
 
-    def inputs(self, node: fx.Node) -> list[fx.Node]:
-        """What a node computes from: its inputs, and the nodes that have written to their memory before."""
+    def inputs(self, node: fx.Node, after: fx.Node) -> list[fx.Node]:
+        """What a node computes from: its inputs, and what has written to their memory since ``after``."""
         found = node.all_input_nodes
-        here = self.position[node]
-        for owner in dict.fromkeys(self.memory[node] for node in found):
-            found += [writer for writer in self.writers.get(owner, ()) if self.position[writer] < here]
+        place = self.position.__getitem__
+        for owner in dict.fromkeys(map(self.memory.__getitem__, found)):
+            writers = self.writers.get(owner, ())
+            start = bisect.bisect_right(writers, place(after), key=place)
+            found += writers[start : bisect.bisect_left(writers, place(node), key=place)]
         return found
 
     def source(self, node: fx.Node) -> fx.Node:
