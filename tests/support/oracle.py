@@ -7,7 +7,8 @@ From the description alone, by the rules of what a block is, and without anythin
 2. what follows the add belongs to it (``F(x) = h(x + f(x)) - x``) where it is applied to the sum step by step, keeps
    the shape, is read by nobody else and uses nothing newer than x, if (a) another block starts after it, (b) the add's
    own module returns it or (c) it repeats what followed the block before;
-3. of blocks that share operations the one in the longer chain counts, the outer one on a tie;
+3. of blocks that share operations the one in the longer chain counts, the outer one on a tie; a chain goes on with the
+   outermost block that starts at its end, and not with those inside of that;
 4. consecutive blocks are a chain, with one velocity.
 
 The program then runs in order; where a block ends, in the place of its add or of its last operation,
@@ -275,14 +276,21 @@ class Rules:
         return path
 
     def _level(self, blocks: list[Found]) -> list[Found]:
-        """Of blocks that share operations those in the longer chain, the outer ones on a tie."""
-        before, after = dict[Found, int](), dict[Found, int]()
-        for found in blocks:
-            before[found] = 1 + max((before[b] for b in before if b.end is found.skip), default=0)
-        for found in reversed(blocks):
-            after[found] = 1 + max((after[b] for b in after if b.skip is found.end), default=0)
-        kept: list[Found] = []
-        for found in sorted(blocks, key=lambda b: (-before[b] - after[b], -len(b.inside))):
-            if all(found.inside.isdisjoint(other.inside) for other in kept):
-                kept.append(found)
+        """Of blocks that share operations those in the longer chain of one level, the outer ones on a tie."""
+        outermost = {found.skip: found for found in sorted(blocks, key=lambda found: found.end.position)}
+        left, kept = list(blocks), list[Found]()
+        while left:
+            alive = [found for found in blocks if found in left or found in kept]
+            before, after = dict[Found, int](), dict[Found, int]()
+            for found in alive:
+                linked = [before[b] for b in before if b.end is found.skip and found is outermost[found.skip]]
+                before[found] = 1 + max(linked, default=0)
+            for found in reversed(alive):
+                after[found] = 1 + after.get(outermost.get(found.end, found), 0)
+            longest = max(before[found] + after[found] for found in left)
+            level = [found for found in left if before[found] + after[found] == longest]
+            for found in sorted(level, key=lambda b: -len(b.inside)):
+                if all(found.inside.isdisjoint(other.inside) for other in kept):
+                    kept.append(found)
+            left = [f for f in left if f not in level and all(f.inside.isdisjoint(k.inside) for k in kept)]
         return [found for found in blocks if found in kept]
