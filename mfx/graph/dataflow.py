@@ -6,8 +6,8 @@ One pass over the nodes, in order:
    flow, so a value built from sizes alone depends on nothing.
 2. ``origins`` is the set (as a bit mask) of graph inputs a value is computed from, or that were written into its
    memory before.
-3. ``ancestors`` is the set of *skip candidates* a value is computed from, by what was written into its memory, too;
-   running statistics do not count.  A candidate is dropped from the
+3. ``ancestors`` is the set of *skip candidates* a value is computed from, by what was written into its memory, too,
+   where that is not a parameter's, a buffer's or an input's.  A candidate is dropped from the
    sets after the last add that reads it, so on a chain of blocks the sets stay small and the pass linear.
 4. ``memory``, ``writers``, ``stale_reads`` and ``resources`` are those of :mod:`mfx.graph.resources`.
 
@@ -25,8 +25,11 @@ from torch import fx, nn
 from mfx.graph import operations
 from mfx.graph.notes import LIFTED
 from mfx.graph.rearranging import before_rearranging, rearranged, source
-from mfx.graph.resources import memory_of, moves_statistics, resources_of, stale_reads_of, writers_of, writes
+from mfx.graph.resources import memory_of, resources_of, stale_reads_of, writers_of, writes
 from mfx.graph.sums import Add, Term, add_form, sum_of
+
+_OWNED = ("placeholder", "get_attr")
+"""What is there before a graph runs: its order of writes and reads is kept (:mod:`mfx.graph.resources`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,7 @@ class Dataflow:
         found = node.all_input_nodes
         place = self.position.__getitem__
         for owner in dict.fromkeys(map(self.memory.__getitem__, found)):
-            writers = self.writers.get(owner, ())
+            writers = self.writers.get(owner, ()) if owner.op not in _OWNED else ()
             start = bisect.bisect_right(writers, place(after), key=place)
             found += writers[start : bisect.bisect_left(writers, place(node), key=place)]
         return found
@@ -170,7 +173,7 @@ def _flow(
                 above |= ancestors[source] | held.get(memory[source], frozenset())
             for target in written.get(node, ()):
                 contents[memory[target]] = contents.get(memory[target], 0) | mask
-                if not moves_statistics(node):
+                if memory[target].op not in _OWNED:
                     held[memory[target]] = held.get(memory[target], frozenset()) | above
         here = position[node]
         above = frozenset(skip for skip in above if last_read[skip] >= here)

@@ -13,10 +13,12 @@ tensor) are not seen through.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
@@ -138,6 +140,20 @@ def _permuted(value: torch.Tensor, node: fx.Node) -> torch.Tensor:
 
 
 def _sizes(node: fx.Node) -> list[int] | None:
-    """The shape, where all of it is known."""
+    """The shape, where it is known; sizes that may vary have some number, the same wherever they stand."""
     shape = node.meta.get(SHAPE)
-    return None if shape is None or not all(isinstance(size, int) for size in shape) else list(shape)
+    if shape is None:
+        return None
+    sizes = [_number(str(size)) for size in shape]
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(size: str) -> int | None:
+    """A size in numbers: symbols stand for multiples of 48, so that they can be divided."""
+    if size.isdigit():
+        return int(size)
+    expression: Any = sympy.sympify(size)
+    digits = {symbol: int("".join(filter(str.isdigit, str(symbol))) or 0) for symbol in expression.free_symbols}
+    found: Any = expression.subs({symbol: 48 * (number % 89 + 2) for symbol, number in digits.items()})
+    return int(found) if found.is_Integer else None

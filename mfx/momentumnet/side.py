@@ -30,6 +30,7 @@ class NetSide:
     stamp: str = ""
     compiled: WeakSet[Live] = field(default_factory=WeakSet)
     place: Place = WHOLE
+    places: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "chain": None, "compiled": None}
