@@ -178,8 +178,8 @@ def _mark(
         if id(value) in owned:
             kinds[node] = owned[id(value)]
             lifted[node] = kinds[node][0]
-        elif not isinstance(node.meta.get("example_value"), torch.Tensor):
-            lifted[node] = "number"
+        elif isinstance(value, (int, float)) or not isinstance(node.meta.get("example_value"), torch.Tensor):
+            lifted[node] = "number"  # a float that varied, of a module or the call, is a tensor of no dimensions here
     calls = mark(gm.graph, lifted, {id(module): path for path, module in root.named_modules()})
     note_modes(gm.graph)
     for node in gm.graph.nodes:
