@@ -58,6 +58,11 @@ def test_other_rearrangements_are_other_values(forward, parts):
     assert behind is node
 
 
+def test_equal_sizes_in_another_order_are_another_value():
+    node, behind = last(lambda self, x: self.f(x).transpose(0, 1).transpose(1, 2), torch.ones(4, 4, 4).double())
+    assert behind is node
+
+
 @pytest.mark.parametrize(
     ("forward", "parts"),
     [
