@@ -1,0 +1,46 @@
+"""Recurrent layers in the branches of a model that Dynamo captures, dropout between their layers alive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_same, chain_names, run
+from torch import Tensor, nn
+
+import mfx
+
+
+class Block(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.out = kind(6, 6, 2, dropout=0.3, batch_first=True), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.rnn(x)[0])
+
+
+class ByHand(nn.Module):
+    def __init__(self, blocks: nn.Sequential, gamma: float) -> None:
+        super().__init__()
+        self.blocks, self.gamma = blocks, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.zeros_like(x)
+        for block in self.blocks:
+            v = self.gamma * v + (1 - self.gamma) * block.out(block.rnn(x)[0])
+            x = x + v
+        return x
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_a_part_of_the_branch(kind, gamma):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Block(kind) for _ in range(3))).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    mm = mfx.momentumize(blocks, gamma, example_inputs=x, capture="dynamo")
+    assert [len(chain) for chain in chain_names(mm)] == [3]
+    for training in (True, False):
+        by_hand = run(ByHand(blocks.train(training), gamma), x)
+        by_hand.grads.update({name.removeprefix("blocks."): by_hand.grads.pop(name) for name in [*by_hand.grads]})
+        assert_same(run(mm.train(training), x), by_hand, 1e-10)
