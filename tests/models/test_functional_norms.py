@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrence import ByHand
 from torch import Tensor, nn
 
 import mfx
@@ -40,21 +41,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop(self.call(self, self.f(x)))
-
-
-class ByHand(nn.Module):
-    """The recurrence over the very same blocks, in plain autograd."""
-
-    def __init__(self, blocks: nn.Sequential, gamma: float) -> None:
-        super().__init__()
-        self.blocks, self.gamma = blocks, gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = torch.zeros_like(x)
-        for block in self.blocks:
-            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
-            x = x + v
-        return x
 
 
 def steps(each: nn.Module, model: nn.Module, x: Tensor) -> list[list[Tensor]]:
