@@ -23,6 +23,7 @@ from mfx.errors import (
 from mfx.memory import kept_bytes
 from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
 from mfx.momentumnet import MomentumNet, transform_to_momentumnet
+from mfx.rule import Leapfrog, Midpoint, Momentum, Rule
 from mfx.view import ChainVerification, Fit, Report, Verification, fit, report, verify
 
 __version__ = _version("mfx")
@@ -41,14 +42,18 @@ __all__ = [
     "GammaSchedule",
     "HookWarning",
     "InputTypeError",
+    "Leapfrog",
     "MfxError",
     "MfxWarning",
+    "Midpoint",
+    "Momentum",
     "MomentumNet",
     "NothingRewrittenWarning",
     "OptionError",
     "PlanChangedError",
     "Reason",
     "Report",
+    "Rule",
     "ShapeError",
     "Verification",
     "__version__",

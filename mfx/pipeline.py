@@ -19,8 +19,9 @@ from mfx.budget import within, without_budget
 from mfx.capture import named_modules
 from mfx.errors import OptionError, PlanChangedError
 from mfx.find import Found, find
-from mfx.find.named import own_add
 from mfx.find.streams import rounds_of, with_streams
+from mfx.find.whole.layers import with_layers
+from mfx.find.whole.named import own_add
 from mfx.options import Options
 from mfx.plan import Plan, plan, with_options
 from mfx.rewrite import Binding, ByRoot, Rewritten, rewrite, with_rules
@@ -98,6 +99,7 @@ def momentumize_graph(
     graph_of_streams = with_streams(found.flow, streams) if streams else None
     if graph_of_streams is not None:
         found = find(graph_of_streams, holder, kind=options.kind, prefix=place.prefix)
+    found = with_layers(found, options.layers, place.prefix) if options.layers else found
     planned = plan(found, options, place.numbers, place.first, before)
     _require_named(holder if model is None else model, found, planned)
     return Passed(found, planned, rewrite(found, planned, binding))

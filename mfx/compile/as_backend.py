@@ -105,8 +105,12 @@ def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool
             "a learned velocity= has parameters, and a backend has no model to register them on: use "
             "torch.compile(mfx.momentumize(model, velocity=...)), or velocity='zero' or 'first'"
         )
-    if chosen.modules:
-        raise OptionError("modules= needs modules that are taken whole, and a compiled graph has none: leave it out")
+    if chosen.modules or chosen.granularity != "add":
+        named = "modules=" if chosen.modules else f"granularity={chosen.granularity!r}"
+        raise OptionError(
+            f"{named} needs modules that are taken whole, and a compiled graph has none: leave it out, or compile "
+            "what mfx.momentumize(model, ...) gives"
+        )
     return Backend(chosen, inner, bool(graph_breaks))
 
 

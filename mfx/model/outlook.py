@@ -23,6 +23,7 @@ from torch import nn
 
 from mfx.capture import Call, as_call
 from mfx.errors import CaptureError
+from mfx.find.whole.layers import layers_of
 from mfx.graph.notes import ADDED, STATE
 from mfx.model.generated import shallow_copy
 from mfx.model.owners import untouched
@@ -52,6 +53,7 @@ def outlooks(model: nn.Module, options: Options, example_inputs: Any) -> dict[st
     Raises:
         CaptureError: nothing with a residual block can be followed.
     """
+    options = replace(options, layers=layers_of(model)) if options.granularity == "layer" else options
     try:
         return {"": _whole(model, options, example_inputs)}
     except CaptureError as error:

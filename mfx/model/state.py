@@ -27,7 +27,7 @@ from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
 from mfx.model.parts import refuse_replaced, refuse_replica
-from mfx.options import Gamma, Options, check_gamma
+from mfx.options import Gamma, Options, check_gamma, refuse_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
@@ -101,8 +101,8 @@ class Momentum:
         self.note_moving()
 
     def note_moving(self) -> None:
-        """Note which blocks have a gamma other than 0."""
-        self.stamp = " ".join(name for name in self.blocks() if self.options.gamma_of(name))
+        """Note which blocks are another function than the model's own."""
+        self.stamp = " ".join(name for name in self.blocks() if self.options.moves(name))
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -125,6 +125,7 @@ class Momentum:
 
     def set_gamma(self, gamma: Gamma) -> None:
         """Run with another gamma from the next forward on."""
+        refuse_gamma(self.options)
         self.set_options(replace(self.options, gamma=check_gamma(gamma)))
 
     def set_options(self, options: Options) -> None:

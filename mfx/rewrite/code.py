@@ -15,7 +15,7 @@ from mfx.rewrite.compiled import function_of
 from mfx.rewrite.regional import as_asked
 from mfx.rewrite.switches import all_left, has_switches
 from mfx.rule import StepSpec
-from mfx.rule.precision import default_tolerance
+from mfx.rule.arithmetic.precision import default_tolerance
 from mfx.run import ChainSpec, recomputed, run
 from mfx.run.detector import Drift
 

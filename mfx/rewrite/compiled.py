@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 from mfx.graph.notes import SHAPE
 from mfx.rewrite.direct import Direct, is_followed_again
 from mfx.rewrite.kernels import fused
-from mfx.rule.carry import EAGER, Kernels
+from mfx.rule.arithmetic.carry import EAGER, Kernels
 
 _made: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
 """What was compiled and is in use; it keeps what its key has the id of."""

@@ -1,8 +1,8 @@
 """Closing: the autograd node through which all values of a segment of a chain leave, and at which its backward starts.
 
 :class:`Rewind` is made when a backward begins: it holds the state, which each step takes as it is after it and leaves
-as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is known, what was reconstructed is held against
-it (:mod:`mfx.run.detector`).
+as it was before (:mod:`mfx.rule.arithmetic.carry` computes it).  Where the state is known, what was reconstructed is
+held against it (:mod:`mfx.run.detector`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfx.errors import BackwardError
 from mfx.memory import values_of
-from mfx.rule.zeros import with_zeros
+from mfx.rule.arithmetic.zeros import with_zeros
 from mfx.run.chain import ChainSpec
 from mfx.run.detector import Distance, pieces, size_of
 from mfx.run.recompute import saved_tensors
@@ -29,6 +29,7 @@ After = tuple["Tensor | None", "Tensor | None"]
 class Close(torch.autograd.Function):
     """``(x, v, escapes, held) -> (x in the model's dtype, v, escapes, held)``; saves the end state, v_0, the snapshots.
 
+    v has values only where it is read out; at the end of a chain it is None elsewhere.
     ``held`` are the tensors that hooks or modules kept.  They leave as they are, the same objects, with this node as
     their history: autograd takes them for changed in place.
     """
@@ -57,12 +58,12 @@ class Close(torch.autograd.Function):
         ctx.slot = slot
         ctx.left = Left.of(setting, recorder, start is not None, size)
         recorder.snapshots, recorder.zeros = {}, None
-        last = recorder.end == len(setting.chain.steps)
+        velocity = _velocity_out(setting, recorder.end, v, edge_v)
         escapes, kept = values[: len(values) - held], values[len(values) - held :]
         ctx.mark_dirty(*kept)
         escapes = [_alias(value) for value in escapes]
         ctx.mark_non_differentiable(*compress(escapes, _constants(escapes, ctx.needs_input_grad[7:])))
-        return (_alias(x.to(recorder.dtype)), None if last else _alias(edge_v), *escapes, *kept)
+        return (_alias(x.to(recorder.dtype)), velocity, *escapes, *kept)
 
     @staticmethod
     @not_followed
@@ -71,6 +72,13 @@ class Close(torch.autograd.Function):
         ctx.slot.rewind = rewind_of(ctx)
         grad_x, grad_v, *others = grads
         return None, None, None, None, grad_x, grad_v, None, *ctx.slot.corrected(others)
+
+
+def _velocity_out(setting: Setting, end: int, v: Tensor, edge: Tensor) -> Tensor | None:
+    """v as a closing node gives it, from what is carried for it and what autograd takes for it."""
+    if setting.chain.coast(end - 1):
+        return _alias(setting.carry.velocity(end, v).to(edge.dtype))
+    return None if end == len(setting.chain.steps) else _alias(edge)
 
 
 def rewind_of(ctx: Any) -> Rewind:

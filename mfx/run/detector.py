@@ -11,7 +11,7 @@ What a backward reconstructs can be held against what is known, at no cost but a
 
 ``drift`` is the largest of ``|v_1 - v_1'| / max(|v_1|, |v|)``, v the velocity where the run began to be reversed,
 and ``|x_1 - x_1'| / |x_1|``, in the L2 norm.  Where it passes the chain's tolerance a :class:`mfx.DriftWarning` says
-so.  It is 0 in exact arithmetic (:mod:`mfx.rule.carry`) if every branch repeated itself bit for bit.
+so.  It is 0 in exact arithmetic (:mod:`mfx.rule.arithmetic.carry`) if every branch repeated itself bit for bit.
 
 The value stays on its device.  On the CPU it is looked at when the backward ends; elsewhere it is copied without
 waiting and looked at in a later forward of the chain, once it has arrived, or when :func:`mfx.drift` asks for it.

@@ -4,8 +4,9 @@
    :class:`mfx.run.closing.Close` ends a segment.  Every value that leaves the segment leaves through it, and it alone
    saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.closing.Rewind`.
 2. The next segment starts from what was handed out, so a tap is in the graph, not beside it: its own gradient, and
-   what a hook on it returns, are those of plain autograd.  The state is kept there (:mod:`mfx.rule.snapshots`): x is
-   alive anyway, and v costs one state, or nothing where the step before starts from a kept state as well.
+   what a hook on it returns, are those of plain autograd.  The state is kept there
+   (:mod:`mfx.rule.arithmetic.snapshots`): x is alive anyway, and v costs one state, or nothing where the step before
+   starts from a kept state as well.
 3. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
    conditions of the first run (:mod:`mfx.run.recompute`), differentiates it, and leaves (x, v).  Its gradients leave at
    once, so the last block's come first (M10).
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from mfx.errors import BackwardError, InputTypeError
-from mfx.rule.carry import carry
-from mfx.rule.snapshots import Schedule
+from mfx.rule.arithmetic.carry import carry
+from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import StepSpec, added, check_velocity, passed_on, pulled
 from mfx.run.beside import joined
 from mfx.run.chain import ChainSpec, Inner, stored
@@ -133,7 +134,7 @@ def _reversible(
         x, v = _closed(setting, recorder, slot, inner, nodes, start if begin == 0 else None, x, v)
         states.append(recorder.state)
         dtype, begin = recorder.dtype, end
-    return _copies(chain, inner.handed_out(x))
+    return _copies(chain, inner.handed_out())
 
 
 def _closed(
@@ -158,6 +159,7 @@ def _closed(
     if not setting.symbolic:
         out, v, *values = joined(slot, begin, nodes, (out, v), [*keys, *kept], values, len(held))
     inner.close(out, values, begin)
+    inner.read_out(out, v, apart=True)
     return out, v
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ class Row:
     ``status`` is ``"momentum"`` or ``"kept"`` (``reason`` says why), ``kind`` ``"residual"`` or ``"wrapped"``.
     ``shape`` (of x) and ``activation_bytes`` (kept for backward by the original block) need example inputs.
     Where several streams are one state, ``streams`` are the shapes of each.
-    ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``.
+    ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``; ``adds`` how
+    many residual adds a layer has that is taken whole.
     """
 
     name: str
@@ -34,16 +35,20 @@ class Row:
     activation_bytes: int | None = None
     streams: tuple[tuple[int, ...], ...] = ()
     treatment: str = ""
+    adds: int = 1
 
 
 @dataclass(frozen=True)
 class ChainRow:
-    """One chain: its blocks, their gammas, and, with example inputs, what its state costs.
+    """One chain: its blocks, their gammas (how much of the velocity a step leaves) and rules, and, with example inputs,
+    what its state costs.
 
+    ``pull`` is the factor of the first block's branch, ``lag`` by how many blocks the state that branches read lags
+    behind where it would come to rest; None where it never does.
     ``snapshots`` are the steps before which the state is kept, ``interval`` the most steps between two kept states;
     ``activation_bytes`` is what the original blocks keep for backward, ``state_bytes`` what the chain keeps in their
-    place.  ``drift`` is the relative error that reversing may make (:mod:`mfx.rule.precision`; 0: bit for bit),
-    ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
+    place.  ``drift`` is the relative error that reversing may make (:mod:`mfx.rule.arithmetic.precision`; 0: bit for
+    bit), ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
     FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
     ``stored`` says why the chain keeps its activations, if it does.
@@ -52,6 +57,9 @@ class ChainRow:
     index: int
     blocks: tuple[str, ...]
     gammas: tuple[float, ...]
+    rules: tuple[str, ...] = ()
+    pull: float = 1.0
+    lag: float | None = 0.0
     state_dtype: str | None = None
     snapshots: tuple[int, ...] | None = None
     activation_bytes: int | None = None
@@ -121,6 +129,7 @@ class Report:
     Under an ``activation_budget``, ``segments`` has a row for each piece outside of chains that is recomputed, each
     block a ``treatment``, and ``forecast`` the peak of a training step (of the part that needs most, where a model is
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
+    ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
     """
 
@@ -133,6 +142,7 @@ class Report:
     forecast: Forecast | None = None
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
+    readout: str = "x"
 
     @property
     def rewritable(self) -> list[str]:
@@ -151,6 +161,7 @@ class Report:
             "segments": [asdict(row) for row in self.segments],
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "step": None if self.step is None else asdict(self.step),
+            "readout": self.readout,
             "sums": [_jsonable(asdict(row)) for row in self.sums],
         }
 
@@ -166,12 +177,17 @@ class Report:
 
     def _summary(self) -> Iterator[str]:
         lengths = ", ".join(str(len(chain.blocks)) for chain in self.chains)
-        count = f"{len(self.rewritable)} of {len(self.blocks)} residual adds"
+        adds = sum(row.adds for row in self.blocks if row.status == "momentum")
+        count = f"{adds} of {sum(row.adds for row in self.blocks)} residual adds"
         yield f"{self.model}: {count} become momentum steps, in {len(self.chains)} chains" + (
             f" of {lengths} blocks" if lengths else ""
         )
+        whole = [row.adds for row in self.blocks if row.adds > 1]
+        if whole:
+            yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
             yield from _chain_lines(chain)
+        yield from _lag_lines(self.chains, self.readout)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
             share = f" ({after / before:.0%})" if before else ""
@@ -188,6 +204,15 @@ class Report:
                 yield f"most is alive at: {self.step.where}"
             yield ""
             yield from self.step.lines()
+
+
+def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
+    """By how many blocks the state that branches read lags behind where it would come to rest."""
+    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and (chain.lag or 0) > 0}
+    if lags:
+        how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
+        blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
+        yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
 
 
 def _forecast_lines(found: Forecast) -> Iterator[str]:
@@ -214,8 +239,8 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _chain_lines(chain: ChainRow) -> Iterator[str]:
-    if len(chain.gammas) == 1 and chain.gammas[0] > 0:
-        factor = f"{1 - chain.gammas[0]:.3g}"
+    if len(chain.gammas) == 1 and chain.gammas[0] != 0:
+        factor = f"{chain.pull:.3g}"
         yield f"chain {chain.index} has one block, so it is x + {factor} f(x) and has no momentum"
     if chain.stored:
         yield f"{_head(chain)}; as momentum, activations are stored as well ({chain.stored})"

@@ -41,7 +41,7 @@ from mfx.model import drift, momentumize
 from mfx.model.parts import parts_of
 from mfx.options import Gamma
 from mfx.rule import Schedule
-from mfx.rule.precision import default_tolerance
+from mfx.rule.arithmetic.precision import default_tolerance
 from mfx.run import ChainSpec
 from mfx.run.conditions import autocast_dtype
 from mfx.run.tape import observing
@@ -50,6 +50,8 @@ from mfx.view.verified import ChainVerification, Verification
 
 _MEASURED = 3
 _ROOM = 4
+_OF_RULES = ("rule", "h", "readout")
+"""What has no meaning at gamma = 0."""
 """How much further from the original its momentumized version may be than a second run of it."""
 
 
@@ -113,7 +115,8 @@ def _against_original(
 ) -> dict[str, Any]:
     """What the first comparison finds."""
     velocity = options.get("velocity", "zero")
-    plain = {**options, "velocity": "zero" if callable(velocity) else velocity, "state_dtype": "auto"}
+    plain = {key: value for key, value in options.items() if key not in _OF_RULES}
+    plain |= {"velocity": "zero" if callable(velocity) else velocity, "state_dtype": "auto"}
     zero = dict.fromkeys(gamma, 0.0) if isinstance(gamma, Mapping) else 0.0
     mm = momentumize(model, zero, **plain)
     expected = trial.first(model)

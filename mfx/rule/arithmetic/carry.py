@@ -1,8 +1,8 @@
 """Carry: the arithmetic of a chain's state (x, v), forward and backward.
 
 :class:`Floating` computes as the rule writes it.  :class:`Exact` is undone bit for bit, as long as
-branches repeat themselves; :mod:`mfx.rule.precision` says when which is used and derives the numbers.  A *run* is the
-steps from one kept state to the next.  In exact arithmetic
+branches repeat themselves; :mod:`mfx.rule.arithmetic.precision` says when which is used and derives the numbers.  A
+*run* is the steps from one kept state to the next.  In exact arithmetic
 
 1. a run starts by putting x on a grid: multiples of a power of two, a fixed fraction of the run's largest element;
 2. after its first step it carries v as whole numbers w of quanta, ``v = w q0 P`` with P the product of the decays
@@ -15,7 +15,7 @@ transparent.  Both kinds of chain, reversible and stored, carry their state in t
 
 Reference: Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible Learning",
 ICML 2015, arXiv 1502.03492, section 2 (the bits that a decay loses have to be kept somewhere).
-Known limits: see :mod:`mfx.rule.precision`.
+Known limits: see :mod:`mfx.rule.arithmetic.precision`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfx.rule.snapshots import Schedule
+from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import StepSpec, advance, branch_of, retreat
 
 _EXPONENT = {torch.float64: (torch.int64, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7F800000)}
