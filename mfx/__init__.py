@@ -23,7 +23,7 @@ from mfx.errors import (
 from mfx.memory import kept_bytes
 from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
 from mfx.momentumnet import MomentumNet, transform_to_momentumnet
-from mfx.rule import Leapfrog, Midpoint, Momentum, Rule
+from mfx.rule import Leapfrog, LearnedGamma, Midpoint, Momentum, RandomSign, Rule
 from mfx.view import ChainVerification, Fit, Report, Verification, fit, report, verify
 
 __version__ = _version("mfx")
@@ -43,6 +43,7 @@ __all__ = [
     "HookWarning",
     "InputTypeError",
     "Leapfrog",
+    "LearnedGamma",
     "MfxError",
     "MfxWarning",
     "Midpoint",
@@ -51,6 +52,7 @@ __all__ = [
     "NothingRewrittenWarning",
     "OptionError",
     "PlanChangedError",
+    "RandomSign",
     "Reason",
     "Report",
     "Rule",

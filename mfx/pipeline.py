@@ -94,7 +94,7 @@ def momentumize_graph(
         OptionError: an option names what is not there, or a layer that cannot be rewritten.
     """
     found = find(graph, holder, kind=options.kind, only_whole=options.only_whole, prefix=place.prefix)
-    apart = options.only_whole or callable(options.velocity)  # a learned v_0 is that of one stream
+    apart = options.only_whole or options.learned  # what is learned is that of one stream
     streams = [] if apart else rounds_of(found.flow, found.blocks)
     graph_of_streams = with_streams(found.flow, streams) if streams else None
     if graph_of_streams is not None:

@@ -138,7 +138,7 @@ def _made_of(model: Model, found: Mapping[str, Outlook], budget: int | float | N
     options = replace(next(iter(found.values())).momentum.options, activation_budget=budget)
     whole = found.get("")
     # A budget is for all that a step keeps, so where it can be had one graph of the whole is what is planned.
-    if not callable(options.velocity) and (whole is None or budget is None):
+    if not options.learned and (whole is None or budget is None):
         captures = {path: outlook.entry for path, outlook in found.items()}
         mm = with_shells(model, captures, options, example_inputs)
         if mm is not None:

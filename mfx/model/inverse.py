@@ -134,7 +134,7 @@ class Chain:
         Source: Sander et al., ICML 2021, arXiv 2102.07870, equation (6).
         """
         groups = self._check(x, v, sides)
-        zero = [step.name for step in self._spec.steps if step.rule.decay == 0]
+        zero = [step.name for step in self._spec.steps if step.rule.forgets]
         if zero:
             raise OptionError(
                 f"{self.name} has gamma 0 at {zero}: v' = F(x) there, whatever v was, so the chain has no inverse. "

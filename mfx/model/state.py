@@ -140,9 +140,9 @@ class Momentum:
         """The names of each chain's blocks, once the model has been captured."""
         return self.chains
 
-    def velocities(self, root: nn.Module) -> list[nn.Module]:
-        """The modules of the learned velocities, one for each chain."""
-        return list(getattr(root, ADDED).values()) if hasattr(root, ADDED) else []
+    def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
+        """The modules that give velocities and gammas, one for each chain."""
+        return {name: list(root._modules[name].children()) for name in ADDED if name in root._modules}  # type: ignore[union-attr]
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
@@ -268,7 +268,7 @@ class Momentum:
         try:
             proven = prove(root, self.function, entry.captured, call)
         except CaptureError:
-            if not any(other.proven for other in self.entries) and not self.velocities(root):
+            if not any(other.proven for other in self.entries) and not self.added(root):
                 self.chains, self.places = None, {}
             raise
         return self._add(replace(entry, proven=proven))

@@ -12,6 +12,7 @@ from torch import nn
 
 from mfx.compile.live import Live, new_token
 from mfx.errors import OptionError
+from mfx.graph.notes import VELOCITY
 from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import WHOLE, Place
 from mfx.rule import Rule, Schedule, StepSpec, schedule
@@ -77,9 +78,9 @@ class NetSide:
         """All functions are one chain."""
         return (self.names,)
 
-    def velocities(self, root: Any) -> list[nn.Module]:
+    def added(self, root: Any) -> dict[str, list[nn.Module]]:
         """The function that gives v_0, if it is used."""
-        return [root.network["init"]] if root.init_speed else []
+        return {VELOCITY: [root.network["init"]]} if root.init_speed else {}
 
 
 def _schedule(rules: tuple[Rule, ...], options: Options, dtype: torch.dtype, *given: Any, **named: Any) -> Schedule:

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from mfx.errors import OptionError
-from mfx.options.gammas import Gamma, check_gamma, gamma_of, is_real
+from mfx.options.gammas import Checked, Gamma, check_gamma, gamma_of, is_real
 from mfx.options.patterns import Patterns, as_patterns
 from mfx.options.rules import RuleName, check_rule
 from mfx.options.sizes import Budget, check_budget
 from mfx.rule import Momentum, Rule
+from mfx.rule.varying import Varies
 
 Velocity = str | Callable[[Any], nn.Module]
 
@@ -37,7 +38,7 @@ class Options:
     ``shapes`` whether shapes are known when planning; ``checked`` that each pattern has matched some block before.
     """
 
-    gamma: float | tuple[tuple[str, float], ...] = 0.9
+    gamma: Checked = 0.9
     rule: Rule | None = None
     readout: str = "x"
     granularity: str = "add"
@@ -70,7 +71,14 @@ class Options:
         if self.rule is not None:
             return self.rule
         gamma = gamma_of(self.gamma, name)
-        return None if gamma is None else Momentum(gamma)
+        if gamma is None:
+            return None
+        return Varies(gamma) if callable(self.gamma) else Momentum(gamma)
+
+    @property
+    def learned(self) -> bool:
+        """Whether modules of the rewritten model's own give velocities or gammas."""
+        return callable(self.velocity) or callable(self.gamma)
 
     def moves(self, name: str) -> bool:
         """Whether a block is another function than the model's own."""
@@ -107,8 +115,14 @@ def make_options(
     for argument, value in (("capture", capture), ("readout", readout), ("granularity", granularity)):
         if value not in _CHOICES[argument]:
             raise OptionError(f"{argument} must be one of {', '.join(map(repr, _CHOICES[argument]))}, not {value!r}")
+    checked = check_gamma(gamma)
+    if callable(checked) and activation_budget is not None:
+        raise OptionError(
+            f"activation_budget={activation_budget!r} does not go with a gamma that a tensor or a module gives: what "
+            "is kept depends on its values. Leave one of them out"
+        )
     return Options(
-        gamma=check_gamma(gamma),
+        gamma=checked,
         rule=check_rule(rule, h, gamma, readout),
         readout=readout,
         granularity=granularity,

@@ -26,7 +26,7 @@ def check_rule(rule: Any, h: float | None, gamma: Any, readout: str) -> Rule | N
     if rule == "momentum":
         return None
     found = _named(rule, h) if isinstance(rule, str) else _own(rule)
-    if gamma not in (_GAMMA, found.decay):
+    if not isinstance(gamma, (int, float)) or gamma not in (_GAMMA, found.decay):
         raise OptionError(
             f"gamma={gamma!r} does not go with rule={rule!r}, whose numbers are its own (decay {found.decay:g}, pull "
             f"{found.pull:g}): leave gamma out, or take rule='momentum'"
@@ -77,6 +77,11 @@ def _own(rule: Any) -> Rule:
 
 def refuse_gamma(options: Any) -> None:
     """Refuse a change of gamma where a rule has none."""
+    if callable(options.gamma):
+        raise OptionError(
+            "gamma is given by modules of the model (momentum_gamma.<chain>): change what they give, or momentumize "
+            "the original with another gamma"
+        )
     if options.rule is not None:
         raise OptionError(
             f"the model runs by rule={options.rule!r}, which has no gamma that could be set: momentumize the original "

@@ -116,10 +116,15 @@ class Chain:
         dtype: torch.dtype,
         compute: torch.dtype | None = None,
         float64: bool = True,
+        rules: tuple[Rule, ...] | None = None,
+        velocities: bool = False,
     ) -> Schedule:
-        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.arithmetic.snapshots.schedule`."""
-        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64)
-        return schedule(self.rules, dtype, *how)
+        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.arithmetic.snapshots.schedule`.
+
+        ``rules`` are others than planned, where gamma varies.
+        """
+        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64, velocities)
+        return schedule(self.rules if rules is None else rules, dtype, *how)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ def chain_function(
     ``now`` is asked, at each call of a chain that is ``bound``, what it is to run with.
     """
 
-    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, plan: str = "") -> Any:
-        return run(as_asked(spec, root), root, x, velocity, *operands)
+    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, gammas: Any = None, plan: str = "") -> Any:
+        return run(as_asked(spec, root), root, x, velocity, *operands, gammas=gammas)
 
-    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any) -> Any:
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, gammas: Any = None) -> Any:
         assert bound is not None
-        return run(now(spec), bound, x, velocity, *operands)
+        return run(now(spec), bound, x, velocity, *operands, gammas=gammas)
 
     function = momentum if bound is None else momentum_of_tensors
     function.__name__ = function.__qualname__ = spec.name

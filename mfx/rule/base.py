@@ -65,6 +65,26 @@ class Rule(ABC):
         """Whether the step is the residual block itself."""
         return self.decay == 0 and self.pull == 1
 
+    @property
+    def forgets(self) -> bool:
+        """Whether the velocity before the step is lost in it."""
+        return self.decay == 0
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its numbers differ from element to element of x."""
+        return False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """How much of the velocity survives the step at least, and at most (:mod:`mfx.rule.varying`)."""
+        return self.decay, self.decay
+
+    @property
+    def planned(self) -> Rule:
+        """The rule by which the carrying of the state is planned; it can be hashed, and compared."""
+        return self
+
     def advance(self, x: Tensor, v: Tensor | None, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(x', v') from (x, v) and F(x); ``v`` None stands for zero."""
         v = branch * self.pull if v is None else torch.add(v * self.decay, branch, alpha=self.pull)

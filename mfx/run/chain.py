@@ -50,9 +50,10 @@ class ChainSpec:
         """The steps before which a segment ends: after each tap, and at the end."""
         return (*(tap + 1 for tap in self.taps), len(self.steps))
 
-    def coast(self, index: int) -> float:
-        """How much of the velocity after a step belongs to what is handed out there."""
-        return (self.steps[index].rule.coast or 0.0) if self.reads_z else 0.0
+    def coast(self, index: int) -> float | Tensor | None:
+        """How much of the velocity after a step belongs to what is handed out there; None: nothing."""
+        rule = self.steps[index].rule
+        return None if not self.reads_z or rule.plain else rule.coast
 
 
 def stored(
@@ -110,18 +111,21 @@ class ReadOut(torch.autograd.Function):
     """``(x, v) -> z = x + c v``; the gradient of v is a tensor of its own, which whoever gets it may use up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, coast: float) -> Tensor:
-        ctx.coast, ctx.dtype = coast, v.dtype
+    def forward(ctx: Any, x: Tensor, v: Tensor, coast: float | Tensor) -> Tensor:
+        ctx.dtype, ctx.coast = v.dtype, coast.detach() if isinstance(coast, Tensor) else coast
+        ctx.save_for_backward(v if ctx.needs_input_grad[2] else None)
         return _z(x, v, coast)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        return grad, grad.to(ctx.dtype) * ctx.coast, None
+        (grad,), (v,) = grads, ctx.saved_tensors
+        wide = grad.to(ctx.dtype)
+        of_coast = None if v is None else (wide * v).sum_to_size(ctx.coast.shape).to(ctx.coast.dtype)
+        return grad, (wide * ctx.coast).to(ctx.dtype), of_coast
 
 
-def _z(x: Tensor, v: Tensor, coast: float) -> Tensor:
-    return torch.add(x, v.to(torch.promote_types(x.dtype, torch.float32)), alpha=coast).to(x.dtype)
+def _z(x: Tensor, v: Tensor, coast: float | Tensor) -> Tensor:
+    return (x + v.to(torch.promote_types(x.dtype, torch.float32)) * coast).to(x.dtype)
 
 
 class Inner:
@@ -162,7 +166,7 @@ class Inner:
         """Note what is handed out for the state after the last step, from (x, v); ``apart``: as :class:`ReadOut`."""
         index = len(self.escapes) - 1
         coast = self.chain.coast(index)
-        if coast:
+        if coast is not None:
             assert v is not None
             x = ReadOut.apply(x, v, coast) if apart else _z(x, v, coast)  # type: ignore[assignment]
         self.handed[index] = x

@@ -92,15 +92,16 @@ def size_of(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values_of(value.detach()))
 
 
-def pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same slices of tensors of one shape (None stays None), so that computing with them takes little memory."""
-    whole = [None if one is None else values_of(one.detach()) for one in tensors]
-    like = next(one for one in whole if one is not None)
-    if like.numel() < _WHOLE:
-        yield tuple(whole)
+def pieces(*tensors: Tensor | None, whole: bool = False) -> Iterator[tuple[Any, ...]]:
+    """The same slices of tensors of one shape (None stays None), so that computing with them takes little memory; one
+    if ``whole``."""
+    found = [None if one is None else values_of(one.detach()) for one in tensors]
+    like = next(one for one in found if one is not None)
+    if whole or like.numel() < _WHOLE:
+        yield tuple(found)
         return
     longest = max(range(like.dim()), key=like.size)
-    cut = [None if one is None else one.chunk(_PIECES, longest) for one in whole]
+    cut = [None if one is None else one.chunk(_PIECES, longest) for one in found]
     for number in range(len(like.chunk(_PIECES, longest))):
         yield tuple(None if parts is None else parts[number] for parts in cut)
 

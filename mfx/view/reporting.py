@@ -211,7 +211,7 @@ def _treatment(chain: Chain, step: int, seen: _Seen) -> str:
         return _outside_chains(chain.blocks[step].output, seen)
     if step in chain.kept or not chain.way.reversible:
         return "keep"
-    return "reverse" if chain.rules[step].decay else "recompute"
+    return "recompute" if chain.rules[step].forgets else "reverse"
 
 
 def _outside_chains(node: fx.Node, seen: _Seen) -> str:

@@ -208,7 +208,7 @@ class Report:
 
 def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
     """By how many blocks the state that branches read lags behind where it would come to rest."""
-    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and (chain.lag or 0) > 0}
+    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and chain.lag is not None and chain.lag > 0}
     if lags:
         how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
         blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))

@@ -99,7 +99,7 @@ def verify(
             warnings.simplefilter("ignore", MfxWarning)
             stored = momentumize(model, gamma, reversible=False, **options)
             original = _against_original(trial, model, gamma, options, allowed)
-        _share_velocities(reversible, stored)
+        _share_added(reversible, stored)
         expected = trial.run(stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DriftWarning)
@@ -230,7 +230,6 @@ class _States:
         self.plans[chain], self.errors[chain] = plan, {}
 
 
-def _share_velocities(one: nn.Module, other: nn.Module) -> None:
-    """Learned velocities are made anew for each momentumized model; compare with the same ones."""
-    if ADDED in one._modules:
-        other._modules[ADDED] = one._modules[ADDED]
+def _share_added(one: nn.Module, other: nn.Module) -> None:
+    """What gives velocities and gammas is made anew for each momentumized model; compare with the same."""
+    other._modules.update({name: one._modules[name] for name in ADDED if name in one._modules})

@@ -68,7 +68,9 @@ class Exact(Floating):
     def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule, kernels: Kernels) -> None:
         super().__init__(steps, plan)
         self.kernels = kernels
-        self.places = _places(tuple(step.rule.decay for step in steps), plan)
+        decays = tuple(step.rule.decay for step in steps)
+        known = not any(isinstance(decay, Tensor) for decay in decays)
+        self.places = (_places if known else _places.__wrapped__)(decays, plan)
         self.grids: dict[int, _Grid] = {}
 
     def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +121,9 @@ class Exact(Floating):
         given = value if step.scale == 1.0 else value.to(x.dtype)
         branch = branch_of(step, x, given)
         per_w = self.grids[place.start].per_v * (step.rule.pull / place.product)
-        return branch, branch is not value, per_w
+        return branch, branch is not value and not per_w.requires_grad, per_w
 
-    def _ratio(self, index: int) -> float:
+    def _ratio(self, index: int) -> float | Tensor:
         """The quantum of w at a step, in that of x."""
         place = self.places[index]
         return place.quantum / self.plan.grid * place.product
@@ -174,17 +176,17 @@ class _Place:
     """Where a step is: the first step of its run, the product of decays from there, q0 of the run."""
 
     start: int
-    product: float
+    product: float | Tensor
     quantum: float
     alone: bool
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(decays: tuple[float, ...], plan: Schedule) -> tuple[_Place, ...]:
+def _places(decays: tuple[float | Tensor, ...], plan: Schedule) -> tuple[_Place, ...]:
     starts = plan.starts()
     places: list[_Place] = []
     for start, end, quantum in zip(starts, [*starts[1:], len(decays)], plan.quanta, strict=True):
-        products = [1.0]
+        products: list[float | Tensor] = [1.0]
         for decay in decays[start + 1 : end]:
             products.append(products[-1] * decay)
         places += [_Place(start, product, quantum, end - start == 1) for product in products]

@@ -97,18 +97,20 @@ class Run:
     grid: float
     margin: Margin
     product: float = 1.0
+    reach: float = 1.0
     steps: int = 1
     total: float = 1.0
     sums: float = 0.0
     squares: float = 0.0
 
-    def after(self, decay: float) -> Run:
-        """The run with one step more."""
+    def after(self, least: float, most: float) -> Run:
+        """The run with one step more, of which at least and at most that much of the velocity survives."""
         return replace(
             self,
-            product=self.product * decay,
+            product=self.product * least,
+            reach=self.reach * most,
             steps=self.steps + 1,
-            total=self.total + self.product * decay,
+            total=self.total + self.reach * most,
             sums=self.sums + self.total,
             squares=self.squares + self.total**2,
         )

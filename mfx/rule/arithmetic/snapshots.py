@@ -23,7 +23,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,7 +51,7 @@ class Schedule:
     from it.  ``tolerance`` is the relative error allowed, ``grid`` x's quantum relative to the largest element of the
     run's first x (0 in floating arithmetic), and ``quanta`` are v's first ones, for each run.  ``drift`` is the error
     that reversing may make (:mod:`mfx.rule.arithmetic.precision`; 0: bit for bit), ``rounding`` how far exact
-    arithmetic may move the forward's x, both relative.
+    arithmetic may move the forward's x, both relative; ``velocities``: v is kept with every x that is.
 
     >>> from mfx.rule.momentum import Momentum
     >>> schedule((Momentum(0.9),) * 100, torch.float32).state_count(100)
@@ -65,6 +65,7 @@ class Schedule:
     quanta: tuple[float, ...] = ()
     drift: float = 0.0
     rounding: float = 0.0
+    velocities: bool = False
 
     @property
     def exact(self) -> bool:
@@ -73,7 +74,7 @@ class Schedule:
 
     def keeps_velocity(self, step: int) -> bool:
         """Whether the snapshot before ``step`` needs v beside x."""
-        return step > 0 and step - 1 not in self._kept
+        return step > 0 and (self.velocities or step - 1 not in self._kept)
 
     def state_count(self, steps: int) -> int:
         """How many tensors of x's size a chain of ``steps`` keeps for backward."""
@@ -121,6 +122,7 @@ def schedule(
     compute: torch.dtype | None = None,
     cuts: tuple[int, ...] = (),
     float64: bool = True,
+    velocities: bool = False,
 ) -> Schedule:
     """The cheapest schedule, in bytes, that keeps the tolerance.
 
@@ -132,6 +134,7 @@ def schedule(
         compute: the dtype the branches compute in where it is coarser than ``dtype`` (autocast).
         cuts: steps before which the state is kept in any case.
         float64: whether the device has it.
+        velocities: whether v is kept with every x that is kept, since the gradient of gamma is made of it.
 
     Returns:
         A :class:`Schedule`.
@@ -164,6 +167,7 @@ def schedule(
     found = list(_candidates(rules, states, coarse, allowed, frozenset(cuts)))
     kept = dtype if state_dtype == "auto" else states[0]
     found.append(Schedule(kept, tuple(range(len(rules))), allowed))
+    found = [replace(one, velocities=velocities) for one in found]
     steps, far = len(rules), FINER.get(dtype, ())[1:]
     return min(
         found,
@@ -214,8 +218,8 @@ def _exact(
     fresh = Run(digits(state), grid, margin)
     snapshots, runs = [], [fresh]
     for step, rule in enumerate(rules[1:], 1):
-        longer = runs[-1].after(rule.decay)
-        if rule.decay == 0 or longer.rounding > margin.rounding or step in cuts:
+        longer = runs[-1].after(*rule.bounds)
+        if rule.forgets or longer.rounding > margin.rounding or step in cuts:
             snapshots.append(step)
             runs.append(fresh)
         else:
