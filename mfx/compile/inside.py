@@ -151,11 +151,21 @@ def _enter(context: Any) -> None:
             f"{name} is momentumized and part of {type(regions.open.root).__name__}, which is too: "
             "momentumize only one of them to compile it"
         )
+    _refuse_all_children(root, momentum)
     regions.open = _Region(root, momentum, set(output.graph.nodes))
     _outer[:] = [torch.backends.mha.get_fastpath_enabled()]
     teach()
     pass_by_masks(root)
     output.__dict__[MODULES] = named_modules(root, momentum.options, momentum.place.prefix)
+
+
+def _refuse_all_children(root: nn.Module, momentum: Traceable) -> None:
+    """Refuse a model whose forward would run what gives velocities and gammas as its last layers."""
+    if isinstance(root, nn.Sequential) and momentum.added(root):
+        raise CompileError(
+            f"{type(root).__name__} runs all its children in turn, and what gives velocities or gammas is one of them "
+            "now, which Dynamo would follow. Put it into a module with a forward of its own, and momentumize that"
+        )
 
 
 def _start(context: Any) -> None:

@@ -38,12 +38,12 @@ class GammaSchedule:
 
     Args:
         mm: a momentumized model; its gamma becomes ``start``.
-        start, end: floats in [0, 1), or mappings from block-name pattern to float with the same patterns.
+        start, end: floats in [-1, 1), or mappings from block-name pattern to float with the same patterns.
         steps: how many calls lead from ``start`` to ``end``; later calls leave gamma at ``end``.
         shape: ``"linear"`` or ``"cosine"``.
 
     Raises:
-        OptionError: a gamma outside [0, 1), ``steps`` below 1, an unknown shape, patterns that differ.
+        OptionError: a gamma outside [-1, 1), ``steps`` below 1, an unknown shape, patterns that differ.
         InputTypeError: ``mm`` is not momentumized.
 
     Example:

@@ -56,7 +56,11 @@ def momentumize(
         model: any module that gives one graph; it is left as it is, and shares its parameters, buffers and submodules
             with the result (``copy.deepcopy`` it first for independent ones).
         gamma: float in [-1, 1), or a mapping from block-name pattern to float (first match wins; a block that
-            none matches is kept).  Below 0 are the damped relatives of the midpoint rule.
+            none matches is kept).  Below 0 are the damped relatives of the midpoint rule.  A tensor: of one value, one
+            a block (in the order of the report), or one that broadcasts against x, for one a sample.  A factory
+            ``gamma(chain) -> nn.Module``, such as :class:`mfx.LearnedGamma` or :class:`mfx.RandomSign`, whose module
+            maps x_0 to such a tensor with one entry a block, or to None (the plain network), and is registered as
+            ``momentum_gamma.<chain index>``.  Gradients reach tensors and modules.
         example_inputs: tensor, tuple or dict, as the model's forward takes them.  Makes shapes known when
             planning, and tells how a forward with ``*args`` is called; Dynamo needs them.
         rule: ``"momentum"``, by ``gamma``; ``"midpoint"``, ``x_{k+1} = x_{k-1} + 2 f(x_k)``, which is gamma = -1;

@@ -7,20 +7,24 @@ the part's module, a dot, and the block's name in the part.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import nn
 
 from mfx.errors import InputTypeError, OptionError, PlanChangedError
-from mfx.graph.notes import GUARD, STATE
-from mfx.options import Gamma, check_gamma, gamma_of
+from mfx.graph.notes import ADDED, GUARD, STATE
+from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import Place
 from mfx.run import ChainSpec
 
 
 class Part(Protocol):
     """The momentum side of one module; ``place`` says where the module stands in the model that blocks are named in."""
+
+    options: Options
 
     @property
     def place(self) -> Place: ...
@@ -97,7 +101,7 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
 
     Raises:
         InputTypeError: ``mm`` has no momentumized part.
-        OptionError: a gamma outside [0, 1), or a mapping that gives no gamma to a block that is rewritten.
+        OptionError: a gamma outside [-1, 1), or a mapping that gives no gamma to a block that is rewritten.
 
     Example:
         >>> import torch, torchvision, mfx
@@ -106,6 +110,8 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
     """
     checked = check_gamma(gamma)
     parts = parts_of(mm)
+    for part in parts.values():
+        refuse_gamma(part.options)
     left_out = [name for path, part in parts.items() for name in _full(path, part) if gamma_of(checked, name) is None]
     if left_out:
         raise OptionError(
@@ -165,3 +171,13 @@ def drift(mm: nn.Module) -> dict[str, float]:
             if value is not None:
                 found[name] = max(value, found.get(name, value))
     return found
+
+
+@contextlib.contextmanager
+def without_added(root: nn.Module) -> Iterator[None]:
+    """A module without the children that were added: ``nn.Sequential``, say, would run them."""
+    added = {name: root._modules.pop(name) for name in ADDED if name in root._modules}
+    try:
+        yield
+    finally:
+        root._modules.update(added)

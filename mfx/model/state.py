@@ -26,8 +26,8 @@ from mfx.compile.live import Live, new_token
 from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replaced, refuse_replica
-from mfx.options import Gamma, Options, check_gamma, refuse_gamma
+from mfx.model.parts import refuse_replaced, refuse_replica, without_added
+from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
@@ -119,13 +119,12 @@ class Momentum:
 
     def latest_entry(self) -> Entry:
         """The graph used last."""
-        if self.entries:
-            return self.entries[-1]
-        raise MfxError("the model has no captured graph yet: run it once")
+        if not self.entries:
+            raise MfxError("the model has no captured graph yet: run it once")
+        return self.entries[-1]
 
     def set_gamma(self, gamma: Gamma) -> None:
         """Run with another gamma from the next forward on."""
-        refuse_gamma(self.options)
         self.set_options(replace(self.options, gamma=check_gamma(gamma)))
 
     def set_options(self, options: Options) -> None:
@@ -177,7 +176,9 @@ class Momentum:
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
         refuse_strided(self.function, call)
-        return self._budgeted(self._entry(root, call), root, call)
+        with without_added(root):
+            found = self._entry(root, call)
+        return self._budgeted(found, root, call)
 
     def _entry(self, root: nn.Module, call: Call) -> Entry:
         held = None
@@ -208,7 +209,7 @@ class Momentum:
 
     def capture_form(self, root: nn.Module, form: Form, call: Call | None = None) -> Entry:
         """The graph of calls of ``form``, of which ``call`` may be one that gives shapes, by symbolic tracing."""
-        captured = capture_symbolic(root, self.function, form, self._named(root))
+        captured = capture_symbolic(root, self.function, form, named_modules(root, self.options, self.place.prefix))
         captured = captured if call is None else with_sizes(captured, root, call)
         return self._add(Entry(captured, self._passed(root, captured)))
 
@@ -220,9 +221,6 @@ class Momentum:
             yield calls
         finally:
             self.recorded = None
-
-    def _named(self, root: nn.Module) -> dict[int, str]:
-        return named_modules(root, self.options, self.place.prefix)
 
     def _by(self, by_symbols: Callable[[], Entry], by_dynamo: Callable[[], Entry]) -> Entry:
         """By the capture that is asked for; where that is left open, by Dynamo as soon as symbols have failed."""
@@ -243,7 +241,7 @@ class Momentum:
 
     def _symbolic(self, root: nn.Module, call: Call) -> Entry:
         """A graph by symbolic tracing: for all values of a number that varies, if that gives the same chains."""
-        forward, named = self.function, self._named(root)
+        forward, named = self.function, named_modules(root, self.options, self.place.prefix)
 
         def entry_of(captured: SymbolicCapture) -> Entry:
             captured = with_sizes(captured, root, call) if self.options.shapes else captured
@@ -274,7 +272,7 @@ class Momentum:
         return self._add(replace(entry, proven=proven))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
-        captured = capture_dynamo(root, self.function, call, self._named(root))
+        captured = capture_dynamo(root, self.function, call, named_modules(root, self.options, self.place.prefix))
         return self._add(Entry(captured, self._passed(root, captured), proven=True))
 
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:

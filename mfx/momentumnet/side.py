@@ -13,7 +13,7 @@ from torch import nn
 from mfx.compile.live import Live, new_token
 from mfx.errors import OptionError
 from mfx.graph.notes import VELOCITY
-from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
+from mfx.options import Gamma, Options, check_gamma, gamma_of
 from mfx.pipeline import WHOLE, Place
 from mfx.rule import Rule, Schedule, StepSpec, schedule
 from mfx.run import ChainSpec
@@ -67,7 +67,6 @@ class NetSide:
 
     def set_gamma(self, gamma: Gamma) -> None:
         """One gamma for all functions."""
-        refuse_gamma(self.options)
         checked = check_gamma(gamma)
         (value, *others) = {gamma_of(checked, name) for name in self.names}
         if others or value is None:

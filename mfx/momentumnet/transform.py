@@ -56,7 +56,7 @@ def transform_to_momentumnet(
     Args:
         model: any module; it is left as it is.
         sub_layers: paths of containers (``nn.Sequential``, ``nn.ModuleList`` ...) whose entries are called in sequence.
-        gamma: float in [0, 1).
+        gamma: float in [-1, 1).
         use_backprop: True stores activations, False is the reversible run.
         is_residual: whether the entries are the branches of ``x + f(x)``.  Where the model adds x itself, that add
             becomes the step; where it does not (``x = f(x)``), the step is put in its place, as momentumnet does.

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mfx.rule import Momentum, Rule, StepSpec, schedule
+from mfx.errors import OptionError
+from mfx.rule import Leapfrog, Midpoint, Momentum, Rule, StepSpec, schedule
 from mfx.rule.arithmetic.carry import carry
 from mfx.rule.step import added, advance, cotangents, retreat
 from mfx.run import ChainSpec, run
@@ -23,34 +24,28 @@ F32, F64 = torch.float32, torch.float64
 
 
 @dataclass(frozen=True)
-class Midpoint(Rule):
-    """x_{k+1} = x_{k-1} + 2 F(x_k), the explicit midpoint rule."""
-
-    decay = -1.0
-    pull = 2.0
+class Damped(Rule):
+    """A rule of the tests' own: the midpoint rule, damped in another way."""
 
     @property
-    def starting(self) -> Rule:
-        return Momentum(0.0)
-
-
-@dataclass(frozen=True)
-class Leapfrog(Rule):
-    """v += h^2 F(x); x += v."""
-
-    h: float
-    decay = 1.0
+    def decay(self) -> float:
+        return -0.8
 
     @property
     def pull(self) -> float:
-        return self.h**2
-
-    @property
-    def starting(self) -> Rule:
-        return Momentum(0.0)
+        return 1.5
 
 
-RULES = [Momentum(0.9), Momentum(0.3), Momentum(1.0), Midpoint(), Leapfrog(0.4)]
+RULES = [
+    Momentum(0.9),
+    Momentum(0.3),
+    Momentum(1.0),
+    Momentum(-0.5),
+    Momentum(-1.0),
+    Midpoint(),
+    Leapfrog(0.4),
+    Damped(),
+]
 EVERY = pytest.mark.parametrize("rule", RULES, ids=str)
 
 
@@ -168,6 +163,40 @@ class Stack(nn.Module):
             v = rule.decay * v + rule.pull * 0.1 * torch.tanh(layer(x))
             x = x + v
         return x
+
+
+@EVERY
+def test_z_is_where_x_comes_to_rest_without_further_branches(rule: Rule) -> None:
+    x, v, branch = values()
+    x, v, branch = x.detach(), v.detach(), branch.detach()
+    if rule.decay == 1:
+        assert rule.coast is None
+        return
+    coast = rule.coast
+    assert coast is not None
+    after_x, after_v = rule.advance(x, v, branch)
+    moved = rule.pull / (1 - rule.decay) * branch
+    torch.testing.assert_close(after_x + coast * after_v, x + coast * v + moved)
+    if abs(rule.decay) < 1:
+        rest, still = x, v
+        for _ in range(2000):
+            still = rule.decay * still
+            rest = rest + still
+        torch.testing.assert_close(rest, x + coast * v)
+
+
+def test_midpoint_and_leapfrog_are_their_two_step_forms() -> None:
+    """x_{k+1} = x_{k-1} + 2 F(x_k), and x_{k+1} = 2 x_k - x_{k-1} + h^2 F(x_k)."""
+    before, now, branch = values()
+    torch.testing.assert_close(Midpoint().advance(now, now - before, branch)[0], before + 2 * branch)
+    after = Leapfrog(0.3).advance(now, now - before, branch)[0]
+    torch.testing.assert_close(after, 2 * now - before + 0.09 * branch)
+
+
+@pytest.mark.parametrize("h", [0.0, -0.5, math.nan, math.inf, True, "1"])
+def test_a_step_that_is_no_positive_number_is_refused(h: object) -> None:
+    with pytest.raises(OptionError, match=r"h=.*above 0"):
+        Leapfrog(h)  # type: ignore[arg-type]
 
 
 @EVERY
