@@ -21,6 +21,7 @@ from mfx.model.state import Momentum
 from mfx.options import Budget, Gamma, Options, Patterns, RuleName, Velocity, make_options
 
 Model = TypeVar("Model", bound=nn.Module)
+_NO_OPTIONS = ("model", "example_inputs")
 
 
 def momentumize(
@@ -110,22 +111,7 @@ def momentumize(
 
     Source: Sander et al., "Momentum Residual Neural Networks", ICML 2021, arXiv 2102.07870.
     """
-    options = make_options(
-        gamma,
-        rule=rule,
-        h=h,
-        readout=readout,
-        granularity=granularity,
-        include=include,
-        exclude=exclude,
-        modules=modules,
-        velocity=velocity,
-        reversible=reversible,
-        state_dtype=state_dtype,
-        tolerance=tolerance,
-        capture=capture,
-        activation_budget=activation_budget,
-    )
+    options = make_options(**{name: value for name, value in locals().items() if name not in _NO_OPTIONS})
     check_model(model)
     require_inputs(options, example_inputs)
     found = outlooks(model, replace(options, activation_budget=None), example_inputs)

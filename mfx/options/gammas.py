@@ -78,4 +78,5 @@ def _gamma_value(value: Any, argument: str) -> float:
 
 
 def is_real(value: Any) -> bool:
+    """Whether a value is a number, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

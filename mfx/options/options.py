@@ -104,19 +104,11 @@ def make_options(
     activation_budget: Budget = None,
 ) -> Options:
     """Check each argument and freeze them."""
-    if not (velocity in ("zero", "first") if isinstance(velocity, str) else callable(velocity)):
-        raise OptionError(
-            f"velocity must be 'zero', 'first' or a factory velocity(chain) -> nn.Module, not {velocity!r}"
-        )
-    if state_dtype not in _STATE_DTYPES:
-        raise OptionError(f"state_dtype must be 'auto' or a floating dtype, not {state_dtype!r}")
-    if tolerance is not None and not (is_real(tolerance) and 0 < tolerance < 1):
-        raise OptionError(f"tolerance must be a float between 0 and 1, or None, not {tolerance!r}")
-    for argument, value in (("capture", capture), ("readout", readout), ("granularity", granularity)):
-        if value not in _CHOICES[argument]:
-            raise OptionError(f"{argument} must be one of {', '.join(map(repr, _CHOICES[argument]))}, not {value!r}")
-    checked = check_gamma(gamma)
-    if callable(checked) and activation_budget is not None:
+    _check_velocity(velocity)
+    _check_precision(state_dtype, tolerance)
+    _check_choices(capture=capture, readout=readout, granularity=granularity)
+    checked, budget = check_gamma(gamma), check_budget(activation_budget)
+    if callable(checked) and budget is not None:
         raise OptionError(
             f"activation_budget={activation_budget!r} does not go with a gamma that a tensor or a module gives: what "
             "is kept depends on its values. Leave one of them out"
@@ -134,5 +126,25 @@ def make_options(
         state_dtype=state_dtype,
         tolerance=tolerance,
         capture=capture,
-        activation_budget=check_budget(activation_budget),
+        activation_budget=budget,
     )
+
+
+def _check_choices(**given: Any) -> None:
+    for argument, value in given.items():
+        if value not in _CHOICES[argument]:
+            raise OptionError(f"{argument} must be one of {', '.join(map(repr, _CHOICES[argument]))}, not {value!r}")
+
+
+def _check_velocity(velocity: Any) -> None:
+    if not (velocity in ("zero", "first") if isinstance(velocity, str) else callable(velocity)):
+        raise OptionError(
+            f"velocity must be 'zero', 'first' or a factory velocity(chain) -> nn.Module, not {velocity!r}"
+        )
+
+
+def _check_precision(state_dtype: Any, tolerance: Any) -> None:
+    if state_dtype not in _STATE_DTYPES:
+        raise OptionError(f"state_dtype must be 'auto' or a floating dtype, not {state_dtype!r}")
+    if tolerance is not None and not (is_real(tolerance) and 0 < tolerance < 1):
+        raise OptionError(f"tolerance must be a float between 0 and 1, or None, not {tolerance!r}")

@@ -12,6 +12,7 @@ Patterns = str | Iterable[str] | None
 
 
 def as_patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
+    """One or several patterns as a tuple."""
     if patterns is None:
         return ()
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):

@@ -28,6 +28,8 @@ from mfx.view.chained import activation_bytes, chain_rows
 from mfx.view.footprint import Peaks, StepMemory, peaks_of, step_memory
 from mfx.view.rows import Memory, Report, Row, SegmentRow
 
+_NO_OPTIONS = ("model", "example_inputs", "optimizer")
+
 
 def report(
     model: nn.Module,
@@ -77,22 +79,7 @@ def report(
         >>> found.blocks[2].reason
         'the skip path transforms x (through layer2_0_downsample_1)'
     """
-    options = make_options(
-        gamma,
-        rule=rule,
-        h=h,
-        readout=readout,
-        granularity=granularity,
-        include=include,
-        exclude=exclude,
-        modules=modules,
-        velocity=velocity,
-        reversible=reversible,
-        state_dtype=state_dtype,
-        tolerance=tolerance,
-        capture=capture,
-        activation_budget=activation_budget,
-    )
+    options = make_options(**{name: value for name, value in locals().items() if name not in _NO_OPTIONS})
     check_model(model)
     require_inputs(options, example_inputs)
     maker = check_optimizer(optimizer)
