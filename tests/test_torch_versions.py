@@ -37,6 +37,8 @@ NAMES = {
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.dropout._DropoutNd",
     "torch.nn.modules.transformer._detect_is_causal_mask",
+    "torch.overrides._get_current_function_mode",
+    "torch.overrides._pop_mode_temporarily",
     "torch.utils._pytree",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",

@@ -11,12 +11,12 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mfx.capture.dynamo import capturing
 from mfx.capture.tracer import is_followed
 from mfx.compile.inside import traced, traced_within
-from mfx.errors import EntryError, InputTypeError
+from mfx.errors import EntryError, InputTypeError, PlanChangedError
 from mfx.graph.notes import STATE
 from mfx.model.state import Momentum
 
@@ -85,6 +85,7 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
             self.__dict__[STATE].holders.add(self)
 
     namespace = {
+        **(_OF_A_GRAPH if issubclass(original, fx.GraphModule) else {}),
         "__prepare_scriptable__": _refuse_script,
         **{name: _guard(original, name) for name in guarded},
         method: run,
@@ -95,6 +96,34 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (original,), namespace)
+
+
+def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy that is momentumized, too; a GraphModule's own would be one of the graph, the plain network."""
+    twin = memo[id(self)] = nn.Module.__new__(type(self))
+    twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+    twin.__dict__[STATE].holders.add(twin)
+    return twin
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    """The same for ``copy.copy``."""
+    twin = nn.Module.__new__(type(self))
+    twin.__dict__.update(self.__dict__)
+    twin.__dict__[STATE].holders.add(twin)
+    return twin
+
+
+def _refuse_graph(self: nn.Module) -> Any:
+    """What a GraphModule calls when it gets another graph."""
+    raise PlanChangedError(
+        f"this {type(self).__name__} is momentumized, and got another graph: momentumize the original with that graph. "
+        "A feature extractor of torchvision has one for each mode: momentumize it in the mode that it will be used in"
+    )
+
+
+_OF_A_GRAPH = {"__deepcopy__": _deep_copy, "__copy__": _copy, "recompile": _refuse_graph}
+"""Methods of a momentumized fx.GraphModule, whose own would make the plain network of its graph."""
 
 
 def _refuse_script(self: nn.Module) -> Any:

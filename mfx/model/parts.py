@@ -8,11 +8,12 @@ the part's module, a dot, and the block's name in the part.
 from __future__ import annotations
 
 import glob
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
-from torch import nn
+from torch import fx, nn
 
-from mfx.errors import InputTypeError, OptionError, PlanChangedError
+from mfx.errors import CaptureError, InputTypeError, OptionError, PlanChangedError
 from mfx.graph.notes import GUARD, STATE
 from mfx.options import Gamma, check_gamma, gamma_of
 from mfx.pipeline import Place
@@ -60,6 +61,16 @@ def refuse_replica(module: nn.Module) -> None:
         raise InputTypeError(
             f"{type(module).__name__} runs momentum chains, which torch.nn.DataParallel's copies of a model cannot: "
             "they have no parameters of their own. Use torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def refuse_tracing(module: nn.Module, leaves: Iterable[Any]) -> None:
+    """Raise for a call with symbolic values, which ``torch.fx.symbolic_trace`` makes."""
+    if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+        raise CaptureError(
+            f"{type(module).__name__} is momentumized and cannot be traced symbolically: take mfx.graph_of(mm). What "
+            "is made by tracing (a feature extractor, a quantized model) has to be made of the original, and then be "
+            "momentumized"
         )
 
 

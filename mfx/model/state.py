@@ -16,17 +16,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
-from torch import fx, nn
+from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules, prove
 from mfx.capture.call import Form, refuse_strided
+from mfx.capture.exported import is_exporting
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.capture.tracer import following
 from mfx.compile.live import Live, new_token
 from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replaced, refuse_replica
+from mfx.model.parts import refuse_replaced, refuse_replica, refuse_tracing
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
@@ -151,9 +152,7 @@ class Momentum:
             self.recorded.append(call)
             with following(self):
                 return self.function(root, *args, **kwargs)
-        if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
-            who = f"{self.original.__name__} is momentumized and"
-            raise CaptureError(f"{who} cannot be traced symbolically: take mfx.graph_of(mm)")
+        refuse_tracing(root, call.leaves)
         with switched_off(root):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)
@@ -274,22 +273,23 @@ class Momentum:
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
         captured = capture_dynamo(root, self.function, call, self._named(root))
-        return self._add(Entry(captured, self._passed(root, captured), proven=True))
+        return self._add(Entry(captured, self._passed(root, captured), proven=True), keep=not is_exporting())
 
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:
         return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place, before=self.places)
 
     def _budgeted(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
         """The entry used last, planned for ``call`` if a budget is asked for and it has no plan yet."""
-        if self.options.activation_budget is None or entry.passed.plan.forecast is not None:
+        if self.options.activation_budget is None or entry.passed.plan.forecast is not None or is_exporting():
             return entry
         planned = replace(entry, passed=entry.passed.within(root, entry.captured.inputs(root, call)))
         self.entries[-1] = planned
         return planned
 
-    def _add(self, entry: Entry) -> Entry:
+    def _add(self, entry: Entry, keep: bool = True) -> Entry:
         self._same_chains(entry)
-        self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
+        if keep:
+            self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
         return entry
 
     def _same_chains(self, entry: Entry) -> None:
