@@ -18,6 +18,7 @@ from mfx.capture.tracer import is_followed
 from mfx.compile.inside import traced, traced_within
 from mfx.errors import EntryError, InputTypeError, PlanChangedError
 from mfx.graph.notes import STATE
+from mfx.model.saved import saving_methods
 from mfx.model.state import Momentum
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +86,7 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
             self.__dict__[STATE].holders.add(self)
 
     namespace = {
-        **(_OF_A_GRAPH if issubclass(original, fx.GraphModule) else {}),
+        **(_OF_A_GRAPH if issubclass(original, fx.GraphModule) else saving_methods(original)),
         "__prepare_scriptable__": _refuse_script,
         **{name: _guard(original, name) for name in guarded},
         method: run,

@@ -10,7 +10,6 @@ Known limits: forward hooks on modules that the capture entered do not run (a wa
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +23,10 @@ from mfx.capture.exported import is_exporting
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.capture.tracer import following
 from mfx.compile.live import Live, new_token
-from mfx.errors import CaptureError, HookWarning, MfxError
+from mfx.errors import CaptureError, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replaced, refuse_replica, refuse_tracing
+from mfx.model.parts import Origin, refuse_replaced, refuse_replica, refuse_tracing, warn_of_hooks
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
@@ -57,7 +56,7 @@ class Momentum:
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token``, ``stamp`` and ``compiled`` are those of :class:`mfx.compile.live.Traceable`; ``holders`` are the modules
-    that have it.
+    that have it; ``origin`` is what it was copied of.
     """
 
     def __init__(
@@ -78,9 +77,10 @@ class Momentum:
         self.token, self.stamp = new_token(), ""
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
+        self.origin: Origin | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None, "compiled": None}
+        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None, "compiled": None, "origin": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, token=new_token(), compiled=WeakSet(), holders=WeakSet())
@@ -88,7 +88,7 @@ class Momentum:
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options, self.place, self.method)
         twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
-        twin.chains, twin.places = self.chains, self.places
+        twin.chains, twin.places, twin.origin = self.chains, self.places, Origin(self)
         return twin
 
     @property
@@ -153,6 +153,8 @@ class Momentum:
             with following(self):
                 return self.function(root, *args, **kwargs)
         refuse_tracing(root, call.leaves)
+        if self.origin is not None:
+            self.origin.compare(self)
         with switched_off(root):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)
@@ -164,13 +166,7 @@ class Momentum:
         hooked = [path for path in paths if path not in self.hooked]
         if hooked:
             self.hooked.update(hooked)
-            warnings.warn(
-                f"forward or backward hooks on {', '.join(hooked)} will not run: their modules are part of the "
-                f"captured graph of {self.original.__name__}. Hooks on the model itself and on modules taken whole "
-                "do run",
-                HookWarning,
-                stacklevel=stacklevel + 1,
-            )
+            warn_of_hooks(self.original, hooked, stacklevel + 1)
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
