@@ -70,6 +70,7 @@ __all__ = [
     "functions_are_transformed",
     "has_float64",
     "is_lifted_number",
+    "is_profiled",
     "is_recording",
     "keeping_version",
     "not_followed",
@@ -180,6 +181,11 @@ def compiled_like(way: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 def is_recording() -> bool:
     """Whether operations become a graph as they run."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_profiled() -> bool:
+    """Whether a profiler is at work."""
+    return torch.autograd._profiler_enabled()
 
 
 def functions_are_transformed() -> bool:

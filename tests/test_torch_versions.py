@@ -31,6 +31,7 @@ NAMES = {
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._subclasses.functional_tensor.FunctionalTensor",
     "torch.autograd.Variable._execution_engine.queue_callback",
+    "torch.autograd._profiler_enabled",
     "torch.autograd._unsafe_preserve_version_counter",
     "torch.autograd.forward_ad._current_level",
     "torch.backends.mha._is_fastpath_enabled",

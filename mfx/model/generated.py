@@ -18,7 +18,7 @@ from mfx.capture.tracer import is_followed
 from mfx.compile.inside import traced, traced_within
 from mfx.errors import EntryError, InputTypeError, PlanChangedError
 from mfx.graph.notes import STATE
-from mfx.model.saved import saving_methods
+from mfx.model.saved import described, saving_methods
 from mfx.model.state import Momentum
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,6 +80,9 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         state.pop(_COMPILED, None)
         return _rebuild, (original, method, guarded), state
 
+    def extra_repr(self: nn.Module) -> str:
+        return "\n".join(filter(None, (original.extra_repr(self), *described(self.__dict__.get(STATE)))))
+
     def restore(self: nn.Module, state: Any) -> None:
         original.__setstate__(self, state)
         if STATE in self.__dict__:
@@ -88,6 +91,7 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
     namespace = {
         **(_OF_A_GRAPH if issubclass(original, fx.GraphModule) else saving_methods(original)),
         "__prepare_scriptable__": _refuse_script,
+        "extra_repr": extra_repr,
         **{name: _guard(original, name) for name in guarded},
         method: run,
         "__reduce_ex__": reduce,

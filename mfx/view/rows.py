@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from tabulate import tabulate
 
+from mfx.budget.step import Course
 from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
+from mfx.view.pictures import drawn_blocks, drawn_step, fragment, saved
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Report:
     block a ``treatment``, and ``forecast`` the peak of a training step (of the part that needs most, where a model is
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
+    ``courses`` are the bytes alive along a step, of plain backprop and of momentum.
     """
 
     model: str
@@ -133,6 +137,7 @@ class Report:
     forecast: Forecast | None = None
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
+    courses: dict[str, Course] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rewritable(self) -> list[str]:
@@ -157,6 +162,32 @@ class Report:
     def to_networkx(self) -> nx.DiGraph:
         """The block graph: a node for each row, an edge where a block's value reaches the next one."""
         return self._graph.copy()
+
+    def draw(self) -> Any:
+        """A matplotlib figure: the blocks with their chains, their bytes, and why others are kept.
+
+        Example:
+            >>> import torchvision, mfx
+            >>> found = mfx.report(torchvision.models.resnet18(weights=None))
+            >>> found.draw().get_suptitle()
+            'ResNet: 5 of 8 residual adds become momentum steps'
+        """
+        return drawn_blocks(self)
+
+    def draw_step(self) -> Any:
+        """A matplotlib figure: the bytes alive along one training step, plain backprop beside momentum.
+
+        Raises:
+            OptionError: the report was made without example inputs.
+        """
+        return drawn_step(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as a page (.html, with the pictures), a picture of the blocks (.svg, .png), or .json."""
+        saved(self, path)
+
+    def _repr_html_(self) -> str:
+        return fragment([_cells(row) for row in self.blocks], [row.chain for row in self.blocks], [*self._summary()])
 
     def __str__(self) -> str:
         if not self.blocks and self.forecast is None and self.step is None:
