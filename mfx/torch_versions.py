@@ -185,7 +185,7 @@ def is_recording() -> bool:
 
 def is_profiled() -> bool:
     """Whether a profiler is at work."""
-    return torch.autograd._profiler_enabled()
+    return torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def functions_are_transformed() -> bool:

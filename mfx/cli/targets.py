@@ -61,7 +61,11 @@ def inputs_of(options: argparse.Namespace, model: nn.Module, device: str) -> Any
     found = [_input(text, bool(name), options.dtype, device) for name, text in typed]
     if not any(name for name, _ in typed):
         return tuple(found) or None
-    names = iter(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        for name in {name for name, _ in typed if name} - set(parameters):
+            raise OptionError(f"--input {name}=...: the model takes {', '.join(parameters)}")
+    names = iter(parameters)
     return {name or next(names): value for (name, _), value in zip(typed, found, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Page: a report for a notebook, and as a file by the ending of its name."""
+"""Files: a report as a page, and as a file by the ending of its name."""
 
 from __future__ import annotations
 
