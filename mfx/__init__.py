@@ -25,6 +25,7 @@ from mfx.integrations import from_pretrained
 from mfx.memory import kept_bytes
 from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
 from mfx.momentumnet import MomentumNet, transform_to_momentumnet
+from mfx.rule import Leapfrog, LearnedGamma, Midpoint, Momentum, RandomSign, Rule
 from mfx.view import ChainVerification, Fit, Report, Verification, fit, report, verify
 
 __version__ = _version("mfx")
@@ -43,14 +44,20 @@ __all__ = [
     "GammaSchedule",
     "HookWarning",
     "InputTypeError",
+    "Leapfrog",
+    "LearnedGamma",
     "MfxError",
     "MfxWarning",
+    "Midpoint",
+    "Momentum",
     "MomentumNet",
     "NothingRewrittenWarning",
     "OptionError",
     "PlanChangedError",
+    "RandomSign",
     "Reason",
     "Report",
+    "Rule",
     "ShapeError",
     "StaleGammaWarning",
     "Verification",

@@ -19,8 +19,9 @@ from mfx.budget import within, without_budget
 from mfx.capture import named_modules
 from mfx.errors import OptionError, PlanChangedError
 from mfx.find import Found, find
-from mfx.find.named import own_add
 from mfx.find.streams import rounds_of, with_streams
+from mfx.find.whole.layers import with_layers
+from mfx.find.whole.named import own_add
 from mfx.options import Options
 from mfx.plan import Plan, plan, with_options
 from mfx.rewrite import Binding, ByRoot, Rewritten, rewrite, with_rules
@@ -93,11 +94,12 @@ def momentumize_graph(
         OptionError: an option names what is not there, or a layer that cannot be rewritten.
     """
     found = find(graph, holder, kind=options.kind, only_whole=options.only_whole, prefix=place.prefix)
-    apart = options.only_whole or callable(options.velocity)  # a learned v_0 is that of one stream
+    apart = options.only_whole or options.learned  # what is learned is that of one stream
     streams = [] if apart else rounds_of(found.flow, found.blocks)
     graph_of_streams = with_streams(found.flow, streams) if streams else None
     if graph_of_streams is not None:
         found = find(graph_of_streams, holder, kind=options.kind, prefix=place.prefix)
+    found = with_layers(found, options.layers, place.prefix) if options.layers else found
     planned = plan(found, options, place.numbers, place.first, before)
     _require_named(holder if model is None else model, found, planned)
     return Passed(found, planned, rewrite(found, planned, binding))

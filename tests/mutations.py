@@ -278,7 +278,7 @@ MUTATIONS = (
              "        if index in self.snapshots:\n"
              "            self.snapshots[index] = (x, v if setting.plan.keeps_velocity(index) else None)\n",
              "tests/run/test_reversible.py"),
-    Mutation("exact arithmetic does not round", "rule/carry.py",
+    Mutation("exact arithmetic does not round", "rule/arithmetic/carry.py",
              "return (x.mul_(factor) if own else x * factor).add_(rounder).sub_(rounder)",
              "return x.mul_(factor) if own else x * factor", "tests/rule"),
     Mutation("double backward not refused", "run/closing.py", "if torch.is_grad_enabled():", "if False:",

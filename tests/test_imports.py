@@ -14,7 +14,8 @@ PACKAGE = Path(mfx.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "memory", "torch_versions"},
-    {"options", "graph", "rule"},
+    {"graph", "rule"},
+    {"options"},
     {"capture", "find", "run"},
     {"plan"},
     {"rewrite"},

@@ -55,7 +55,7 @@ def within(
     """
     asked = _Asked(found, binding, root, inputs)
     prices = prices_of(found.flow.graph, root, inputs)
-    learned = callable(plan.options.velocity)
+    learned = plan.options.learned
     plan = replace(plan, chains=tuple(replace(chain, plain=chain.at_0 and not learned) for chain in plan.chains))
     order = in_order(found.flow, [chain.blocks for chain in plan.momentum])
     least = replace(plan, segments=segments_of(found.flow, order, prices))

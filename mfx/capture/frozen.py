@@ -68,7 +68,7 @@ class Guards:
             seen += [(module if path else None, "", key, value) for key, value in simple]
         passed = {**tracer.entered, **_containers(tracer, root)}
         for path, module in passed.items():
-            children = [(key, child) for key, child in module._modules.items() if key != ADDED]
+            children = [(key, child) for key, child in module._modules.items() if key not in ADDED]
             seen += [(module if path else None, "_modules", key, child) for key, child in children]
         whole = [inner for module in tracer.called.values() for inner in module.modules()]
         for module in whole:
@@ -112,7 +112,7 @@ def _are_one(root: nn.Module, places: tuple[tuple[nn.Module | None, str], ...]) 
 
 
 def _child_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name in module._modules if name != ADDED)
+    return tuple(name for name in module._modules if name not in ADDED)
 
 
 def _ties(root: nn.Module) -> tuple[tuple[tuple[nn.Module | None, str], ...], ...]:

@@ -100,13 +100,18 @@ def backend(gamma: Gamma = 0.9, inner: Inner = "inductor", *, graph_breaks: bool
     if not (isinstance(inner, str) or callable(inner)):
         raise InputTypeError(f"inner must be a backend's name or a callable, not {type(inner).__name__}")
     chosen = make_options(gamma, **options)
-    if callable(chosen.velocity):
+    if chosen.learned:
+        named = "velocity" if callable(chosen.velocity) else "gamma"
         raise OptionError(
-            "a learned velocity= has parameters, and a backend has no model to register them on: use "
-            "torch.compile(mfx.momentumize(model, velocity=...)), or velocity='zero' or 'first'"
+            f"a learned {named}= has parameters, and a backend has no model to register them on: use "
+            f"torch.compile(mfx.momentumize(model, {named}=...)), or velocity='zero' or 'first' and a float for gamma"
         )
-    if chosen.modules:
-        raise OptionError("modules= needs modules that are taken whole, and a compiled graph has none: leave it out")
+    if chosen.modules or chosen.granularity != "add":
+        named = "modules=" if chosen.modules else f"granularity={chosen.granularity!r}"
+        raise OptionError(
+            f"{named} needs modules that are taken whole, and a compiled graph has none: leave it out, or compile "
+            "what mfx.momentumize(model, ...) gives"
+        )
     return Backend(chosen, inner, bool(graph_breaks))
 
 

@@ -7,7 +7,8 @@
 2. When Dynamo hands the graph over, each region becomes a graph of its own, is rewritten with the model's options
    (:mod:`mfx.pipeline`) and takes its old place.  Its chains must be those that the model has outside of a compiler.
    What lies between chains is compiled by the backend (:mod:`mfx.compile.pieces`).
-3. The parameters of learned velocities are touched in between the hooks, which makes them inputs of the graph.
+3. The parameters of what gives velocities and gammas are touched in between the hooks, which makes them inputs of the
+   graph.
 
 Nothing here looks at how the model was captured for eager use.
 
@@ -36,7 +37,7 @@ from mfx.errors import CompileError, EntryError, PlanChangedError
 from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.pipeline import momentumize_graph
-from mfx.rewrite import AS_THEY_ARE, Branches, Lifted, Velocity
+from mfx.rewrite import AS_THEY_ARE, Added, Branches, Lifted
 from mfx.torch_versions import only_explains
 
 _REGIONS = "_mfx_regions"
@@ -49,7 +50,7 @@ class _Region:
     root: nn.Module
     momentum: Traceable
     before: set[fx.Node]
-    velocities: list[str] = field(default_factory=list)
+    needed: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -82,11 +83,12 @@ def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], ar
     # In inference attention's fast path would swallow whole layers, adds and all; Dynamo follows no call of its setter.
     torch.backends.mha._is_fastpath_enabled = False
     # Dynamo makes inputs of what it sees used; _start forgets the uses.
-    for module in momentum.velocities(root):
-        for parameter in module.parameters():
-            parameter.detach()
-        for buffer in module.buffers():
-            buffer.detach()
+    for modules in momentum.added(root).values():
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.detach()
+            for buffer in module.buffers():
+                buffer.detach()
     comptime(_start)
     value = forward(root, *args, **kwargs)
     comptime(_leave)
@@ -158,11 +160,11 @@ def _enter(context: Any) -> None:
 
 
 def _start(context: Any) -> None:
-    """Note the inputs that a learned velocity needs, and forget that they were touched."""
+    """Note the inputs that what gives velocities and gammas needs, and forget that they were touched."""
     output = _output(context)
     region = output.__dict__[_REGIONS].open
     touched = [node for node in output.graph.nodes if node not in region.before and node.op != "placeholder"]
-    region.velocities = [str(node.all_input_nodes[0].target) for node in touched if node.target == "detach"]
+    region.needed = [str(node.all_input_nodes[0].target) for node in touched if node.target == "detach"]
     region.before = {node for node in output.graph.nodes if node.op != "placeholder"}
 
 
@@ -230,8 +232,8 @@ def _rewritten(
     if not nodes:
         return gm
     by_name = {str(node.target): node for node in placeholders}
-    velocities = [by_name[name] for name in region.velocities]
-    inner, inputs = part(gm, nodes, velocities)
+    needed = [by_name[name] for name in region.needed]
+    inner, inputs = part(gm, nodes, needed)
     if MODES in nodes[0].meta and nodes[0].meta[MODES] == nodes[-1].next.meta[MODES]:
         inner.graph.output_node().meta[MODES] = nodes[0].meta[MODES]
     lifted = {inputs[node]: kind for node, kind in zip(placeholders, kinds, strict=True) if kind and node in inputs}
@@ -241,8 +243,7 @@ def _rewritten(
             note_shape(node)
     momentum = region.momentum
     live = Live(momentum, momentum.options)
-    learned = _velocities(region, [inputs[node] for node in velocities])
-    binding = Lifted(inner, branches, learned, live)
+    binding = Lifted(inner, branches, _added(region, [inputs[node] for node in needed]), live)
     place, before = momentum.place, momentum.places
     passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, place, before)
     expected = region.momentum.expected()
@@ -264,19 +265,20 @@ def _listed(chains: Sequence[Sequence[str]]) -> str:
     return str([list(chain) for chain in chains])
 
 
-def _velocities(region: _Region, inputs: Sequence[fx.Node]) -> list[Velocity]:
-    """What gives v_0 of each chain: its module, with the graph's inputs for its parameters and buffers."""
+def _added(region: _Region, inputs: Sequence[fx.Node]) -> dict[str, list[Added]]:
+    """What gives v_0 and gamma of each chain: its module, with the graph's inputs for its parameters and buffers."""
     nodes = iter(inputs)
-    velocities = []
-    for module in region.momentum.velocities(region.root):
-        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-        velocities.append((_velocity(module, names), tuple(next(nodes) for _ in names)))
-    return velocities
+    added: dict[str, list[Added]] = {}
+    for kind, modules in region.momentum.added(region.root).items():
+        for module in modules:
+            names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+            added.setdefault(kind, []).append((_called(module, names), tuple(next(nodes) for _ in names)))
+    return added
 
 
-def _velocity(module: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
-    def velocity(x: Any, *tensors: Any) -> Any:
+def _called(module: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
+    def added(x: Any, *tensors: Any) -> Any:
         return torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x,))
 
-    velocity.__module__ = "mfx"
-    return velocity
+    added.__module__ = "mfx"
+    return added

@@ -39,8 +39,8 @@ class Traceable(Protocol):
         """The names of each chain's blocks, where they are known."""
         ...
 
-    def velocities(self, root: nn.Module) -> list[nn.Module]:
-        """The modules of the learned velocities, one for each chain."""
+    def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
+        """The modules that give velocities and gammas, by what they give, one for each chain."""
         ...
 
 

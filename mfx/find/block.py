@@ -31,7 +31,8 @@ class Block:
 
     ``value`` is the node of f(x) or G(x); ``members`` are the nodes that compute it, in order; ``sides``
     are read from outside, ``escapes`` are members (never ``value`` of a wrapped block) read outside.  ``passed``
-    are nodes that do nothing, between the skip and the add; ``branch_first`` says in which order it takes its operands.
+    are nodes that do nothing, between the skip and the add; ``branch_first`` says in which order it takes its operands;
+    ``adds`` how many residual adds it stands for.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Block:
     tail: tuple[fx.Node, ...] = ()
     passed: tuple[fx.Node, ...] = ()
     branch_first: bool = False
+    adds: int = 1
     name: str = ""
 
     @property

@@ -31,9 +31,9 @@ from torch import fx, nn
 from mfx.find.block import Block, Rejection
 from mfx.find.far import Far, Spans
 from mfx.find.match import match_sum, without_parts
-from mfx.find.named import calls_of, named_blocks
 from mfx.find.reshaped import take_in
 from mfx.find.tail import wrap
+from mfx.find.whole.named import calls_of, named_blocks
 from mfx.graph.dataflow import Dataflow, analyse
 from mfx.graph.notes import SCOPE
 
@@ -60,7 +60,7 @@ def find(
     """The blocks of ``graph``.
 
     Args:
-        graph: a captured graph; the module calls marked in it (:mod:`mfx.find.named`) are blocks.
+        graph: a captured graph; the module calls marked in it (:mod:`mfx.find.whole.named`) are blocks.
         root: the module that it is relative to.
         kind: what these calls are: ``"wrapped"`` blocks, or ``"branch"``, the branch of a residual add that the graph
             has or that is to be put in.

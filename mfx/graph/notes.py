@@ -51,8 +51,9 @@ STATE = "_mfx"
 """Attribute of a module: its momentum side (:mod:`mfx.model.parts`); such a module is always taken whole."""
 GUARD = "_mfx_guard"
 """Attribute of the class of a module inside of a captured part: what it runs a part of (:mod:`mfx.model.inner`)."""
-ADDED = "momentum_velocity"
-"""The one child a momentumized model has beyond the original's: its learned velocities."""
+VELOCITY, GAMMA = "momentum_velocity", "momentum_gamma"
+ADDED = (VELOCITY, GAMMA)
+"""The children that a momentumized model may have beyond the original's: what gives velocities, and gammas."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def from_pretrained(source: Any, path: Any = None, **given: Any) -> nn.Module:
         The same function as the model that was saved; of a plain model, what :func:`mfx.momentumize` makes of it.
 
     Raises:
-        OptionError: an option that is Python (a velocity's factory) has to be given again; or the directory is that
-            of a plain model and no gamma is given.
+        OptionError: an option that is Python (a rule of one's own) has to be given again; the network has learned
+            velocities or gammas; or the directory is that of a plain model and no gamma is given.
         PlanChangedError: the chains are not those of the model that was saved.
 
     Example:

@@ -115,4 +115,6 @@ class GammaSchedule:
 def _pairs(gamma: Any) -> tuple[tuple[str, float], ...]:
     """(pattern, gamma) pairs; one gamma for all has no pattern."""
     checked = check_gamma(gamma)
+    if callable(checked):
+        raise OptionError(f"gamma={gamma!r} is no float or mapping, and only these can be moved from one to another")
     return checked if isinstance(checked, tuple) else (("", checked),)

@@ -19,7 +19,7 @@ from mfx.model.owners import guarded_methods, with_shells
 from mfx.model.parts import parts_of
 from mfx.model.saved import EXAMPLE, form_of, saving_methods
 from mfx.model.state import Momentum
-from mfx.options import Budget, Gamma, Options, Patterns, Velocity, make_options
+from mfx.options import Budget, Gamma, Options, Patterns, RuleName, Velocity, make_options
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,6 +29,10 @@ def momentumize(
     gamma: Gamma = 0.9,
     *,
     example_inputs: Any = None,
+    rule: RuleName = "momentum",
+    h: float | None = None,
+    readout: str = "x",
+    granularity: str = "add",
     include: Patterns = None,
     exclude: Patterns = None,
     modules: Patterns = None,
@@ -52,20 +56,30 @@ def momentumize(
     Args:
         model: any module that gives one graph; it is left as it is, and shares its parameters, buffers and submodules
             with the result (``copy.deepcopy`` it first for independent ones).
-        gamma: float in [0, 1), or a mapping from block-name pattern to float (first match wins; a block that
-            none matches is kept).
+        gamma: float in [-1, 1), or a mapping from block-name pattern to float (first match wins; a block that
+            none matches is kept).  Below 0 are the damped relatives of the midpoint rule.
         example_inputs: tensor, tuple or dict, as the model's forward takes them.  Makes shapes known when
             planning, and tells how a forward with ``*args`` is called; Dynamo needs them.
+        rule: ``"momentum"``, by ``gamma``; ``"midpoint"``, ``x_{k+1} = x_{k-1} + 2 f(x_k)``, which is gamma = -1;
+            ``"leapfrog"``, ``x_{k+1} = 2 x_k - x_{k-1} + h^2 f(x_k)``; or an object of a class of one's own that
+            derives from :class:`mfx.Rule`.
+        h: the step of the leapfrog rule; None is 1.
+        readout: what a chain hands out, at its end and at states that are read on the way: ``"x"``, or ``"z"``,
+            ``z = x + gamma / (1 - gamma) v``, where x would come to rest: z is the original network, each branch of
+            which reads an x that lags by gamma / (1 - gamma) blocks.  Blocks themselves always read x.
+        granularity: ``"add"``: each residual add is a block; ``"layer"``: the adds of one layer (attention and MLP)
+            are one block, ``F(x) = layer(x) - x``.
         include: ``fnmatch`` pattern or patterns; only blocks whose name matches one are rewritten.
         exclude: pattern or patterns of blocks to keep.
         modules: patterns over module paths; each matching module is taken whole as one block,
             ``F(x) = module(x) - x``.
-        velocity: v_0 of each chain: ``"zero"``; ``"first"``, v_0 = F_0(x_0); or a factory
+        velocity: v_0 of each chain: ``"zero"``; ``"first"``, by which v_1 = F_0(x_0); or a factory
             ``velocity(chain) -> nn.Module`` whose module maps x_0 to v_0 and is registered as
             ``momentum_velocity.<chain index>``.
         reversible: False runs the same recurrence with stored activations.
         state_dtype: dtype of the carried state (x, v), at least the compute dtype; ``"auto"`` leaves the choice
-            between that and one precision up to the plan (:mod:`mfx.rule.snapshots`), which takes the cheaper in bytes.
+            between that and one precision up to the plan (:mod:`mfx.rule.arithmetic.snapshots`), which takes the
+            cheaper in bytes.
         tolerance: relative error that reversing may make; decides arithmetic and distance of snapshots.  None is
             1e-10 for float64, 1e-4 for float32, 1e-2 for bfloat16 and float16, also as autocast has them.
         capture: ``"fx"`` (symbolic tracing), ``"dynamo"``, or ``"auto"``: fx first, Dynamo where the model's Python
@@ -95,6 +109,10 @@ def momentumize(
     """
     options = make_options(
         gamma,
+        rule=rule,
+        h=h,
+        readout=readout,
+        granularity=granularity,
         include=include,
         exclude=exclude,
         modules=modules,
@@ -123,7 +141,7 @@ def _made_of(model: Model, found: Mapping[str, Outlook], budget: int | float | N
     options = replace(next(iter(found.values())).momentum.options, activation_budget=budget)
     whole = found.get("")
     # A budget is for all that a step keeps, so where it can be had one graph of the whole is what is planned.
-    if not callable(options.velocity) and (whole is None or budget is None):
+    if not options.learned and (whole is None or budget is None):
         captures = {path: outlook.entry for path, outlook in found.items()}
         mm = with_shells(model, captures, options, example_inputs)
         if mm is not None:

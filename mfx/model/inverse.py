@@ -4,8 +4,8 @@ A chain maps (x_0, v_0) to (x_N, v_N) and back, in closed form, by its rule (:mo
 
 1. Both run in floating arithmetic, in the precision above that of the branches (float64), with no snapshots: the
    inverse knows nothing but (x_N, v_N).
-2. Its error is that of :mod:`mfx.rule.precision`: u times the product of the growth of the steps.  Branches coarser
-   than the state add their own roundoff; :meth:`Chain.bound` counts with it.
+2. Its error is that of :mod:`mfx.rule.arithmetic.precision`: u times the product of the growth of the steps.  Branches
+   coarser than the state add their own roundoff; :meth:`Chain.bound` counts with it.
 3. Normalization layers in train mode use the batch's statistics and move none; random draws cannot be repeated
    and are refused.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mfx.errors import BackwardError, InputTypeError, OptionError
 from mfx.model.parts import parts_of
-from mfx.rule.precision import floating_error
+from mfx.rule.arithmetic.precision import floating_error
 from mfx.rule.step import Escape, State, advance, check_velocity, retreat
 from mfx.run import ChainSpec
 from mfx.run.recompute import conditions_of, submodule
@@ -134,7 +134,7 @@ class Chain:
         Source: Sander et al., ICML 2021, arXiv 2102.07870, equation (6).
         """
         groups = self._check(x, v, sides)
-        zero = [step.name for step in self._spec.steps if step.rule.decay == 0]
+        zero = [step.name for step in self._spec.steps if step.rule.forgets]
         if zero:
             raise OptionError(
                 f"{self.name} has gamma 0 at {zero}: v' = F(x) there, whatever v was, so the chain has no inverse. "

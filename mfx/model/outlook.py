@@ -23,12 +23,14 @@ from torch import nn
 
 from mfx.capture import Call, as_call
 from mfx.errors import CaptureError
-from mfx.graph.notes import ADDED, STATE
+from mfx.find.whole.layers import layers_of
+from mfx.graph.notes import GAMMA, STATE, VELOCITY
 from mfx.model.generated import shallow_copy
 from mfx.model.owners import untouched
 from mfx.model.state import Entry, Momentum
 from mfx.options import Options, check_patterns
 from mfx.pipeline import Place
+from mfx.rule.gammas import Given
 from mfx.torch_versions import pytree
 
 
@@ -52,10 +54,11 @@ def outlooks(model: nn.Module, options: Options, example_inputs: Any) -> dict[st
     Raises:
         CaptureError: nothing with a residual block can be followed.
     """
+    options = replace(options, layers=layers_of(model)) if options.granularity == "layer" else options
     try:
         return {"": _whole(model, options, example_inputs)}
     except CaptureError as error:
-        if example_inputs is None or callable(options.velocity):
+        if example_inputs is None or options.learned:
             raise
         refused = error
     try:
@@ -73,9 +76,12 @@ def _whole(model: nn.Module, options: Options, example_inputs: Any) -> Outlook:
     momentum = Momentum(type(model), replace(options, shapes=example_inputs is not None))
     mm = shallow_copy(model, momentum)
     entry = momentum.first(mm, example_inputs)
-    if callable(options.velocity):
-        chains = {str(chain.index): options.velocity(chain) for chain in entry.passed.plan.chains}
-        mm.add_module(ADDED, nn.ModuleDict(chains))
+    for name, factory in ((VELOCITY, options.velocity), (GAMMA, options.gamma)):
+        if callable(factory):
+            chains = {str(chain.index): factory(chain) for chain in entry.passed.plan.chains}
+            mm.add_module(name, nn.ModuleDict(chains))
+        if isinstance(factory, Given):
+            factory.check()
     return Outlook(mm, entry, None if example_inputs is None else as_call(example_inputs))
 
 

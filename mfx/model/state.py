@@ -27,7 +27,7 @@ from mfx.errors import CaptureError, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
 from mfx.model.parts import Origin, refuse_replaced, refuse_replica, refuse_tracing, warn_of_hooks
-from mfx.options import Gamma, Options, check_gamma
+from mfx.options import Gamma, Options, check_gamma, refuse_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
@@ -102,8 +102,8 @@ class Momentum:
         self.note_moving()
 
     def note_moving(self) -> None:
-        """Note which blocks have a gamma other than 0."""
-        self.stamp = " ".join(name for name in self.blocks() if self.options.gamma_of(name))
+        """Note which blocks are another function than the model's own."""
+        self.stamp = " ".join(name for name in self.blocks() if self.options.moves(name))
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -126,6 +126,7 @@ class Momentum:
 
     def set_gamma(self, gamma: Gamma) -> None:
         """Run with another gamma from the next forward on."""
+        refuse_gamma(self.options)
         self.set_options(replace(self.options, gamma=check_gamma(gamma)))
 
     def set_options(self, options: Options) -> None:
@@ -140,9 +141,9 @@ class Momentum:
         """The names of each chain's blocks, once the model has been captured."""
         return self.chains
 
-    def velocities(self, root: nn.Module) -> list[nn.Module]:
-        """The modules of the learned velocities, one for each chain."""
-        return list(getattr(root, ADDED).values()) if hasattr(root, ADDED) else []
+    def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
+        """The modules that give velocities and gammas, one for each chain."""
+        return {name: list(root._modules[name].children()) for name in ADDED if name in root._modules}  # type: ignore[union-attr]
 
     def call(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the rewritten model."""
@@ -262,7 +263,7 @@ class Momentum:
         try:
             proven = prove(root, self.function, entry.captured, call)
         except CaptureError:
-            if not any(other.proven for other in self.entries) and not self.velocities(root):
+            if not any(other.proven for other in self.entries) and not self.added(root):
                 self.chains, self.places = None, {}
             raise
         return self._add(replace(entry, proven=proven))

@@ -38,8 +38,8 @@ from mfx.momentumnet.functions import (
     refuse_hidden,
 )
 from mfx.momentumnet.side import NetSide, names_of
-from mfx.options import Options, make_options
-from mfx.rule import Momentum, StepSpec
+from mfx.options import Options, RuleName, check_rule, make_options
+from mfx.rule import Momentum, Rule, StepSpec
 from mfx.run import ChainSpec, run
 from mfx.torch_versions import pytree
 
@@ -56,12 +56,12 @@ class MomentumNet(nn.Module):
     Args:
         functions: modules (a list, ``nn.Sequential``, ``nn.ModuleList``) that map x, and the extra arguments of the
             call, to a tensor of x's shape.  The same module may be there several times.
-        gamma: float in [0, 1].  At 0 the network is ``x <- x + f(x)``; at 1 the velocity stays what it was.
+        gamma: float in [-1, 1].  At 0 the network is ``x <- x + f(x)``; at 1 the velocity stays what it was.
         init_speed: whether v_0 is ``init_function(x)``; otherwise it is zero.
         init_function: module from x to v_0, for ``init_speed=True``.
         use_backprop: True stores activations (plain backpropagation); False is the reversible run, which does not.
         is_residual: whether the functions are the branches f of ``x + f(x)``, or whole blocks.
-        state_dtype, tolerance: as for :func:`mfx.momentumize`.
+        rule, h, state_dtype, tolerance: as for :func:`mfx.momentumize`.
 
     Returns:
         Of a call: x_n, of the shape and dtype of x (or of the dtype that the functions' values promote it to).
@@ -87,12 +87,14 @@ class MomentumNet(nn.Module):
     def __init__(
         self,
         functions: Iterable[nn.Module],
-        gamma: float,
+        gamma: float = 0.9,
         init_speed: bool = False,
         init_function: nn.Module | None = None,
         use_backprop: bool = True,
         is_residual: bool = True,
         *,
+        rule: RuleName = "momentum",
+        h: float | None = None,
         state_dtype: torch.dtype | str = "auto",
         tolerance: float | None = None,
     ) -> None:
@@ -106,7 +108,8 @@ class MomentumNet(nn.Module):
         self.init_speed = bool(init_speed)
         options = Options(modules=("network.[0-9]*",), only_whole=True, velocity=_learned if init_speed else "zero")
         checked = make_options(state_dtype=state_dtype, tolerance=tolerance)
-        options = replace(options, state_dtype=checked.state_dtype, tolerance=checked.tolerance)
+        named = check_rule(rule, h, gamma, "x")
+        options = replace(options, rule=named, state_dtype=checked.state_dtype, tolerance=checked.tolerance)
         self.__dict__[STATE] = NetSide(options, names_of(self.functions))
         self.gamma = gamma
         self.use_backprop = use_backprop
@@ -163,9 +166,9 @@ class MomentumNet(nn.Module):
     @gamma.setter
     def gamma(self, gamma: float) -> None:
         if not isinstance(gamma, Real) or isinstance(gamma, bool):
-            raise InputTypeError(f"gamma must be a float in [0, 1], not {type(gamma).__name__} ({gamma!r})")
-        if math.isnan(gamma) or not 0 <= gamma <= 1:
-            raise OptionError(f"gamma={gamma!r}: it must be a float in [0, 1], such as 0.9")
+            raise InputTypeError(f"gamma must be a float in [-1, 1], not {type(gamma).__name__} ({gamma!r})")
+        if math.isnan(gamma) or not -1 <= gamma <= 1:
+            raise OptionError(f"gamma={gamma!r}: it must be a float in [-1, 1], such as 0.9")
         self.__dict__[STATE].change(gamma=float(gamma))
 
     @property
@@ -191,7 +194,12 @@ class MomentumNet(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for printing."""
-        return f"gamma={self.gamma}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
+        return f"{self._rule}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
+
+    @property
+    def _rule(self) -> Rule:
+        """The rule of all steps."""
+        return self.__dict__[STATE].options.rule or Momentum(self.gamma)
 
     def _first_velocity(self, x: Tensor) -> Tensor | None:
         return self.network["init"](x) if self.init_speed else None
@@ -215,7 +223,7 @@ class MomentumNet(nn.Module):
             name=path,
             branch=branch,
             again=branch,
-            rule=Momentum(self.gamma),
+            rule=self._rule,
             wrapped=not self.is_residual,
             scale=1.0,
             written="",

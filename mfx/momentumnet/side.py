@@ -12,7 +12,8 @@ from torch import nn
 
 from mfx.compile.live import Live, new_token
 from mfx.errors import OptionError
-from mfx.options import Gamma, Options, check_gamma, gamma_of
+from mfx.graph.notes import VELOCITY
+from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import WHOLE, Place
 from mfx.rule import Rule, Schedule, StepSpec, schedule
 from mfx.run import ChainSpec
@@ -66,6 +67,7 @@ class NetSide:
 
     def set_gamma(self, gamma: Gamma) -> None:
         """One gamma for all functions."""
+        refuse_gamma(self.options)
         checked = check_gamma(gamma)
         (value, *others) = {gamma_of(checked, name) for name in self.names}
         if others or value is None:
@@ -76,9 +78,9 @@ class NetSide:
         """All functions are one chain."""
         return (self.names,)
 
-    def velocities(self, root: Any) -> list[nn.Module]:
+    def added(self, root: Any) -> dict[str, list[nn.Module]]:
         """The function that gives v_0, if it is used."""
-        return [root.network["init"]] if root.init_speed else []
+        return {VELOCITY: [root.network["init"]]} if root.init_speed else {}
 
 
 def _schedule(rules: tuple[Rule, ...], options: Options, dtype: torch.dtype, *given: Any, **named: Any) -> Schedule:

@@ -4,7 +4,7 @@
    the blocks.
 2. The *owner* of the blocks is the module whose forward runs them one after another: the container, if its own forward
    is called, else the module that holds it and loops over it.
-3. The owner becomes a momentumized module in its place, with nothing but these blocks (:mod:`mfx.find.named`).
+3. The owner becomes a momentumized module in its place, with nothing but these blocks (:mod:`mfx.find.whole.named`).
 
 All parameters keep their names, so a checkpoint of the original loads.
 

@@ -36,7 +36,8 @@ class Way:
 class Chain:
     """Consecutive blocks that share one velocity.
 
-    ``taps`` are states before the last that are read outside the chain, ``escapes`` branch values read
+    ``taps`` are states before the last that are read outside the chain, of which it hands out its ``readout``,
+    ``escapes`` branch values read
     outside it, both in order.  ``way`` says how it runs.
     ``kept`` are the steps that keep their activations.  A ``plain`` chain runs as the model's own operations, which at
     gamma = 0 it is (M1), so that segments need not end at its blocks.
@@ -51,6 +52,7 @@ class Chain:
     way: Way
     number: int
     taps: tuple[fx.Node, ...] = ()
+    readout: str = "x"
     kept: frozenset[int] = frozenset()
     plain: bool = False
 
@@ -84,15 +86,20 @@ class Chain:
         """Rules and schedule in a line; where the dtype of x is not known, for float32."""
         dtype = self.input.meta.get(DTYPE, torch.float32)
         found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
-        gammas = ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(self.gammas))
+        rules = ", ".join(dict.fromkeys(map(str, self.rules)))
         how = found.note(len(self.blocks)) if self.way.reversible else "activations kept"
         how = "the model's own operations" if self.plain else how
-        return f"gamma {gammas}; {len(self.blocks)} steps; {how}"
+        return f"{rules}; {len(self.blocks)} steps; {how}"
 
     @property
     def gammas(self) -> tuple[float, ...]:
         """The decay of each block's velocity."""
         return tuple(rule.decay for rule in self.rules)
+
+    @property
+    def lag(self) -> float | None:
+        """By how many blocks the state that branches read lags behind z, by the last rule (:attr:`Rule.coast`)."""
+        return self.rules[-1].coast
 
     @property
     def at_0(self) -> bool:
@@ -109,10 +116,15 @@ class Chain:
         dtype: torch.dtype,
         compute: torch.dtype | None = None,
         float64: bool = True,
+        rules: tuple[Rule, ...] | None = None,
+        velocities: bool = False,
     ) -> Schedule:
-        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.snapshots.schedule`."""
-        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64)
-        return schedule(self.rules, dtype, *how)
+        """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.arithmetic.snapshots.schedule`.
+
+        ``rules`` are others than planned, where gamma varies.
+        """
+        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64, velocities)
+        return schedule(self.rules if rules is None else rules, dtype, *how)
 
 
 @dataclass(frozen=True)

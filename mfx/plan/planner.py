@@ -4,8 +4,8 @@
 2. Of blocks that overlap (nested, or long skips around others) the level with the longer chain is kept,
    the outer one on a tie (:mod:`mfx.plan.level`).
 3. Consecutive blocks, each skip being the block before's output, form a *chain* (:mod:`mfx.plan.order`).
-4. Each block gets its rule; each chain its schedule (:mod:`mfx.rule.snapshots`), and the way it runs, in eager mode and
-   under a compiler.
+4. Each block gets its rule; each chain its schedule (:mod:`mfx.rule.arithmetic.snapshots`), and the way it runs, in
+   eager mode and under a compiler.
 
 Reference: the recurrence is Sander et al., ICML 2021, arXiv 2102.07870, equation (5).
 """
@@ -27,7 +27,7 @@ from mfx.options import Options, check_patterns
 from mfx.plan.chain import Chain, Plan, Way
 from mfx.plan.level import one_level, reject
 from mfx.plan.order import runs_of
-from mfx.rule import Momentum, Rule
+from mfx.rule import Rule
 
 _Row = TypeVar("_Row", Block, Far)
 
@@ -72,7 +72,7 @@ def _asked(blocks: Iterable[_Row], options: Options, rejections: list[Rejection]
     for block in blocks:
         if not options.selects(block.name):
             rejections.append(reject(block, Reason.EXCLUDED))
-        elif options.gamma_of(block.name) is None:
+        elif options.rule_of(block.name) is None:
             rejections.append(reject(block, Reason.NO_GAMMA))
         else:
             asked.append(block)
@@ -102,15 +102,14 @@ def _as_before(
 
 
 def with_options(plan: Plan, options: Options) -> Plan:
-    """The plan with the gammas that ``options`` give its blocks; chains stay as they are."""
+    """The plan with the rules that ``options`` give its blocks; chains stay as they are."""
     chains = tuple(replace(chain, rules=_rules(chain.blocks, options)) for chain in plan.chains)
     return replace(plan, chains=chains, options=options)
 
 
 def _rules(blocks: Iterable[Block], options: Options) -> tuple[Rule, ...]:
-    """The rule of each block; the first one's where v_0 = F_0(x_0) starts the chain."""
-    gammas = [options.gamma_of(block.name) for block in blocks]
-    rules = tuple(Momentum(gamma) for gamma in gammas if gamma is not None)
+    """The rule of each block; the first one acts like the plain block where that is asked for."""
+    rules = tuple(rule for block in blocks if (rule := options.rule_of(block.name)) is not None)
     return (rules[0].starting, *rules[1:]) if options.velocity == "first" else rules
 
 
@@ -125,6 +124,7 @@ def _chain(index: int, blocks: list[Block], options: Options, flow: Dataflow) ->
         tolerance=options.tolerance,
         way=Way() if options.reversible else Way(Reason.STORED_ON_REQUEST),
         number=index,
+        readout=options.readout,
         taps=tuple(state for state in states if any(_taps(user, inside) for user in state.users)),
     )
 

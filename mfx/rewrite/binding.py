@@ -8,21 +8,20 @@ closed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import fx
 
-from mfx.graph.notes import ADDED
 from mfx.plan import Chain
 from mfx.rewrite.code import chain_function, compile_graph, segment_function
 from mfx.rewrite.compiled import Branches
 from mfx.rule import StepSpec
 from mfx.run import ChainSpec
 
-Velocity = tuple[Callable[..., Any], tuple[fx.Node, ...]]
-"""A function of x_0 and operands that gives v_0, and the operands' nodes."""
+Added = tuple[Callable[..., Any], tuple[fx.Node, ...]]
+"""A function of x_0 and operands that gives v_0 or gammas, and the operands' nodes."""
 
 
 class Binding(Protocol):
@@ -42,8 +41,8 @@ class Binding(Protocol):
         """What calls a chain."""
         ...
 
-    def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-        """v_0 of a chain with a learned velocity."""
+    def added(self, kind: str, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        """v_0 or the gammas of a chain to which modules give them (:data:`mfx.graph.notes.ADDED`)."""
         ...
 
     def keywords(self, chain: Chain) -> dict[str, Any]:
@@ -75,8 +74,8 @@ class ByRoot:
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
         return chain_function(spec)
 
-    def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-        return graph.call_module(f"{ADDED}.{chain.index}", (x,))
+    def added(self, kind: str, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        return graph.call_module(f"{kind}.{chain.index}", (x,))
 
     def keywords(self, chain: Chain) -> dict[str, Any]:
         # For who prints the graph.
@@ -96,13 +95,14 @@ class ByRoot:
 class Lifted:
     """The binding of a compiler's graphs; the result is a module with the placeholders of ``gm``.
 
-    ``branches`` compile branches; ``velocities`` has one entry for each chain, where they are learned; ``now`` is
+    ``branches`` compile branches; ``given`` has an entry for each chain, where modules give velocities or
+    gammas; ``now`` is
     asked, whenever a chain runs, what it is to run with.
     """
 
     gm: fx.GraphModule
     branches: Branches
-    velocities: Sequence[Velocity] = field(default=())
+    given: Mapping[str, Sequence[Added]] = field(default_factory=dict)
     now: Callable[[ChainSpec], ChainSpec] = lambda spec: spec
 
     def begin(self, graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -111,8 +111,8 @@ class Lifted:
     def function(self, spec: ChainSpec) -> Callable[..., Any]:
         return chain_function(spec, self.gm, self.now)
 
-    def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-        function, operands = self.velocities[chain.index]
+    def added(self, kind: str, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        function, operands = self.given[kind][chain.index]
         return graph.call_function(function, (x, *(env[operand] for operand in operands)))
 
     def keywords(self, chain: Chain) -> dict[str, Any]:
@@ -134,5 +134,5 @@ class _Measured(ByRoot):
 
     lifted: Lifted
 
-    def velocity(self, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-        return self.lifted.velocity(graph, chain, x, env)
+    def added(self, kind: str, graph: fx.Graph, chain: Chain, x: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+        return self.lifted.added(kind, graph, chain, x, env)

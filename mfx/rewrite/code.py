@@ -15,7 +15,7 @@ from mfx.rewrite.compiled import function_of, in_traces
 from mfx.rewrite.regional import as_asked
 from mfx.rewrite.switches import all_left, has_switches
 from mfx.rule import StepSpec
-from mfx.rule.precision import default_tolerance
+from mfx.rule.arithmetic.precision import default_tolerance
 from mfx.run import ChainSpec, recomputed, run
 from mfx.run.detector import Drift
 
@@ -28,12 +28,12 @@ def chain_function(
     ``now`` is asked, at each call of a chain that is ``bound``, what it is to run with.
     """
 
-    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, plan: str = "") -> Any:
-        return traced(as_asked(spec, root), root, x, velocity, *operands)
+    def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, gammas: Any = None, plan: str = "") -> Any:
+        return traced(as_asked(spec, root), root, x, velocity, *operands, gammas=gammas)
 
-    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any) -> Any:
+    def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, gammas: Any = None) -> Any:
         assert bound is not None
-        return traced(now(spec), bound, x, velocity, *operands)
+        return traced(now(spec), bound, x, velocity, *operands, gammas=gammas)
 
     traced = in_traces(f"mfx {spec.name}", run)
     function = momentum if bound is None else momentum_of_tensors

@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 from mfx.graph.notes import SHAPE
 from mfx.rewrite.direct import Direct, is_followed_again
 from mfx.rewrite.kernels import fused
-from mfx.rule.carry import EAGER, Kernels
+from mfx.rule.arithmetic.carry import EAGER, Kernels
 from mfx.torch_versions import is_profiled
 
 _made: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
@@ -159,10 +159,10 @@ def _by_structure(graph: fx.Graph) -> tuple[fx.Graph, list[fx.Node], list[fx.Nod
 def in_traces(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which has this name in the traces of a profiler, and costs one question where none is at work."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **given: Any) -> Any:
         if not is_profiled():
-            return function(*args)
+            return function(*args, **given)
         with torch.profiler.record_function(name):
-            return function(*args)
+            return function(*args, **given)
 
     return call

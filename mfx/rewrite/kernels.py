@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from mfx.rule.carry import EAGER, Kernels
+from mfx.rule.arithmetic.carry import EAGER, Kernels
 
 _made: WeakValueDictionary[int, Kernels] = WeakValueDictionary()
 """Those in use, by the id of their backend, which they keep."""

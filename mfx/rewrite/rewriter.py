@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import fx
 
 from mfx.find import Block, Found
 from mfx.graph import operations
-from mfx.graph.notes import MODES
+from mfx.graph.notes import GAMMA, MODES, VELOCITY
 from mfx.plan import Chain, Plan
 from mfx.plan.order import first_states, in_order, with_segments
 from mfx.rewrite.binding import Binding
@@ -60,7 +60,8 @@ def rewrite(found: Found, plan: Plan, binding: Binding) -> Rewritten:
         if isinstance(item, int):
             chain = plan.momentum[item]
             switches.to(chain.modes)
-            _emit(graph, binding, first, chain, specs[chain.index], env, learned=callable(plan.options.velocity))
+            added = [VELOCITY] * callable(plan.options.velocity) + [GAMMA] * callable(plan.options.gamma)
+            _emit(graph, binding, first, chain, specs[chain.index], env, added)
         elif isinstance(item, Block):
             switches.to(item.output.meta.get(MODES))
             index = plan.segments.index(item)
@@ -112,17 +113,18 @@ def _emit(
     chain: Chain,
     spec: ChainSpec,
     env: dict[fx.Node, fx.Node],
-    learned: bool,
+    added: Collection[str],
 ) -> None:
-    """Add the momentum node of ``chain``, and name its results in ``env``."""
+    """Add the momentum node of ``chain``, and name its results in ``env``; ``added`` is what modules give to it."""
     x = env[chain.input]
-    velocity = binding.velocity(graph, chain, x, env) if learned else None
+    given = {kind: binding.added(kind, graph, chain, x, env) for kind in added}
     groups = []
     for block, step in zip(chain.blocks, spec.steps, strict=True):
         outer = [env[side] for side, inner in zip(block.sides, step.sides, strict=True) if inner is None]
         parameters = [graph.get_attr(join_path(*aliases[0])) for aliases in step.parameters]
         groups.append((*outer, *parameters))
-    node = graph.call_function(binding.function(spec), (*first, x, velocity, *groups), binding.keywords(chain))
+    keywords = binding.keywords(chain) | ({"gammas": given[GAMMA]} if GAMMA in given else {})
+    node = graph.call_function(binding.function(spec), (*first, x, given.get(VELOCITY), *groups), keywords)
     for position, value in enumerate((chain.output, *chain.taps, *chain.escapes)):
         env[value] = graph.call_function(operator.getitem, (node, position))
         if _without_gradient(value, chain):

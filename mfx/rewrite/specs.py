@@ -23,7 +23,7 @@ from mfx.rewrite.code import compile_graph
 from mfx.rewrite.compiled import Branches, in_traces
 from mfx.rewrite.switches import Switches, has_switches
 from mfx.rule import Momentum, Rule, StepSpec
-from mfx.rule.carry import EAGER
+from mfx.rule.arithmetic.carry import EAGER
 from mfx.rule.step import Escape, State
 from mfx.run import ChainSpec
 
@@ -45,6 +45,7 @@ def spec_of(chain: Chain, flow: Dataflow, branches: Branches | None = None) -> C
         steps=tuple(steps),
         schedule=chain.schedule,
         taps=tuple(tap.step for tap in taps),
+        reads_z=chain.readout == "z",
         copied=frozenset(i for i, value in enumerate(handed) if _overwritten(value, inside, flow)),
         reversible=chain.way.reversible,
         kept=chain.kept,

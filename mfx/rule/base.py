@@ -44,14 +44,46 @@ class Rule(ABC):
         """The factor of the branch, and of its gradient."""
 
     @property
-    @abstractmethod
     def starting(self) -> Rule:
-        """The rule of a chain's first step where v_0 = F_0(x_0): the step then acts like the plain block."""
+        """The rule of a chain's first step where velocity="first": the step acts like the plain block, v_1 = F_0(x_0).
+
+        That is v_0 = F_0(x_0) where decay + pull = 1.
+        """
+        return Plain()
+
+    @property
+    def coast(self) -> float | None:
+        """c of the readout ``z = x + c v``: where x would come to rest without further branches; None where it never
+        does.
+
+        ``c = decay + decay^2 + ... = decay / (1 - decay)``, and ``z' = z + pull / (1 - decay) F(x)`` for each step.
+        """
+        return None if self.decay == 1 else self.decay / (1 - self.decay)
 
     @property
     def plain(self) -> bool:
         """Whether the step is the residual block itself."""
         return self.decay == 0 and self.pull == 1
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the velocity before the step is lost in it."""
+        return self.decay == 0
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its numbers differ from element to element of x."""
+        return False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """How much of the velocity survives the step at least, and at most (:mod:`mfx.rule.varying`)."""
+        return self.decay, self.decay
+
+    @property
+    def planned(self) -> Rule:
+        """The rule by which the carrying of the state is planned; it can be hashed, and compared."""
+        return self
 
     def advance(self, x: Tensor, v: Tensor | None, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(x', v') from (x, v) and F(x); ``v`` None stands for zero."""
@@ -83,3 +115,19 @@ class Rule(ABC):
             real = (abs(trace) + math.sqrt(square)) / 2 if square >= 0 else math.sqrt(determinant)
             largest = max(largest, real)
         return largest
+
+
+@dataclass(frozen=True)
+class Plain(Rule):
+    """The residual block itself: v' = F(x), x' = x + F(x)."""
+
+    @property
+    def decay(self) -> float:
+        return 0.0
+
+    @property
+    def pull(self) -> float:
+        return 1.0
+
+    def __str__(self) -> str:
+        return "plain"

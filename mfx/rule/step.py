@@ -103,10 +103,10 @@ def pulled(step: StepSpec, grad_x: Tensor | None, grad_v: Tensor | None, own: bo
 
     It is all that has to be there, beside ``grad_x``, while the branch is differentiated: see :func:`passed_on`.
     """
-    factor = step.rule.pull * step.scale
-    if grad_x is None or grad_v is None or not own or factor == 0:
+    factor = _like(step.rule.pull * step.scale, grad_x, grad_v)
+    if grad_x is None or grad_v is None or not own or _is(factor, 0):
         total = added(grad_v, grad_x)
-        return total if total is None or factor == 1 else total * factor
+        return total if total is None or _is(factor, 1) else total * factor
     return grad_v.add_(grad_x).mul_(factor)
 
 
@@ -117,12 +117,12 @@ def passed_on(
 
     Where the factor of the branch is not 0, ``grad_v`` may be used up: that of v follows from that of the value.
     """
-    factor, decay = step.rule.pull * step.scale, step.rule.decay
+    factor, decay = (_like(one, value) for one in (step.rule.pull * step.scale, step.rule.decay))
     if value is None:
         return grad_x, None
     velocity = None
-    if decay != 0:
-        total = added(grad_v, grad_x) if factor == 0 else None
+    if not _is(decay, 0):
+        total = added(grad_v, grad_x) if _is(factor, 0) else None
         velocity = value * (decay / factor) if total is None else total * decay
     if not step.wrapped:
         return grad_x, velocity
@@ -137,6 +137,17 @@ def cotangents(
     """From the gradients of x' and v' those of x (but for what comes through the branch), v and the branch's value."""
     value = pulled(step, grad_x, grad_v)
     return *passed_on(step, grad_x, grad_v, value), value
+
+
+def _is(number: float | Tensor, value: int) -> bool:
+    """Whether one of a rule's numbers is known to be this one."""
+    return not isinstance(number, Tensor) and number == value
+
+
+def _like(number: float | Tensor, *tensors: Tensor | None) -> float | Tensor:
+    """One of a rule's numbers in the dtype of the first tensor that is there."""
+    dtype = next((tensor.dtype for tensor in tensors if tensor is not None), None)
+    return number.to(dtype) if isinstance(number, Tensor) and dtype is not None else number
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.rule.carry import EAGER, Floating, Kernels
-from mfx.rule.snapshots import Schedule
+from mfx.rule.arithmetic.carry import EAGER, Floating, Kernels
+from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import Escape, State, StepSpec
 from mfx.run.detector import Drift
 
@@ -22,18 +22,20 @@ from mfx.run.detector import Drift
 class ChainSpec:
     """A chain, as far as running it needs.
 
-    ``taps`` are the steps whose result is handed out as well; ``copied`` the positions among all values handed
+    ``taps`` are the steps whose result is handed out as well, in both cases as z where it ``reads_z``
+    (:attr:`mfx.rule.base.Rule.coast`); ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies; ``kept`` the steps
     that keep their activations all the same where the chain is ``reversible``.
-    ``schedule(dtype, compute, float64=)`` is that of :func:`mfx.rule.snapshots.schedule`; ``kernels`` do the arithmetic
-    of its state; ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown that no
-    gradient is lost, ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
+    ``schedule(dtype, compute, float64=)`` is that of :func:`mfx.rule.arithmetic.snapshots.schedule`; ``kernels`` do the
+    arithmetic of its state; ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown
+    that no gradient is lost, ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
     """
 
     name: str
     steps: tuple[StepSpec, ...]
     schedule: Callable[..., Schedule]
     taps: tuple[int, ...] = ()
+    reads_z: bool = False
     copied: frozenset[int] = frozenset()
     reversible: bool = True
     kept: frozenset[int] = frozenset()
@@ -48,6 +50,11 @@ class ChainSpec:
         """The steps before which a segment ends: after each tap, and at the end."""
         return (*(tap + 1 for tap in self.taps), len(self.steps))
 
+    def coast(self, index: int) -> float | Tensor | None:
+        """How much of the velocity after a step belongs to what is handed out there; None: nothing."""
+        rule = self.steps[index].rule
+        return None if not self.reads_z or rule.plain else rule.coast
+
 
 def stored(
     chain: ChainSpec,
@@ -59,7 +66,7 @@ def stored(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     """The plain recurrence: autograd stores what it needs, if anything."""
-    inner, out = Inner(chain), x
+    inner = Inner(chain)
     for index, step in enumerate(chain.steps):
         x, v = carry.enter(index, x, v)
         value, *extra = step.branch(root, x.to(dtype), *inner.sides(index, operands[index]))
@@ -68,7 +75,9 @@ def stored(
         out = x.to(dtype)
         inner.record(out, extra)
         x = continued(out, x) if index in chain.taps else x
-    return tuple(inner.handed_out(out))
+        if index + 1 in chain.ends:
+            inner.read_out(out, carry.velocity(index + 1, v))
+    return tuple(inner.handed_out())
 
 
 def continued(out: Tensor, x: Tensor) -> Tensor:
@@ -98,12 +107,34 @@ class Continue(torch.autograd.Function):
         return tangents[0].to(ctx.dtype)
 
 
+class ReadOut(torch.autograd.Function):
+    """``(x, v) -> z = x + c v``; the gradient of v is a tensor of its own, which whoever gets it may use up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, coast: float | Tensor) -> Tensor:
+        ctx.dtype, ctx.coast = v.dtype, coast.detach() if isinstance(coast, Tensor) else coast
+        ctx.save_for_backward(v if ctx.needs_input_grad[2] else None)
+        return _z(x, v, coast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (v,) = grads, ctx.saved_tensors
+        wide = grad.to(ctx.dtype)
+        of_coast = None if v is None else (wide * v).sum_to_size(ctx.coast.shape).to(ctx.coast.dtype)
+        return grad, (wide * ctx.coast).to(ctx.dtype), of_coast
+
+
+def _z(x: Tensor, v: Tensor, coast: float | Tensor) -> Tensor:
+    return (x + v.to(torch.promote_types(x.dtype, torch.float32)) * coast).to(x.dtype)
+
+
 class Inner:
     """The values of a chain that later steps of it, or others, read."""
 
     def __init__(self, chain: ChainSpec) -> None:
         self.chain = chain
         self.states: dict[int, Tensor] = {}
+        self.handed: dict[int, Tensor] = {}
         self.escapes: list[list[Any]] = []
         self.wanted = {side.step for step in chain.steps for side in step.sides if isinstance(side, State)}
 
@@ -116,7 +147,7 @@ class Inner:
         """Note what a step gave; its state may be None where :meth:`close` gives it, or nobody reads it."""
         index = len(self.escapes)
         self.escapes.append(escapes)
-        if x is not None and (index in self.wanted or index in self.chain.taps):
+        if x is not None and index in self.wanted:
             self.states[index] = x if dtype is None else x.to(dtype)
 
     def escaped(self, begin: int) -> list[Any]:
@@ -126,14 +157,23 @@ class Inner:
     def close(self, x: Tensor, escapes: Sequence[Any], begin: int) -> None:
         """Take what the steps from ``begin`` on hand out, for what they gave: later steps read what users see."""
         last = len(self.escapes) - 1
-        if last in self.wanted or last in self.chain.taps:
+        if last in self.wanted:
             self.states[last] = x
         given = iter(escapes)
         self.escapes[begin:] = [[next(given) for _ in group] for group in self.escapes[begin:]]
 
-    def handed_out(self, last: Tensor) -> list[Any]:
-        """x_N, the taps, then the escapes."""
-        return [last, *(self.states[index] for index in self.chain.taps), *self.escaped(0)]
+    def read_out(self, x: Tensor, v: Tensor | None, apart: bool = False) -> None:
+        """Note what is handed out for the state after the last step, from (x, v); ``apart``: as :class:`ReadOut`."""
+        index = len(self.escapes) - 1
+        coast = self.chain.coast(index)
+        if coast is not None:
+            assert v is not None
+            x = ReadOut.apply(x, v, coast) if apart else _z(x, v, coast)  # type: ignore[assignment]
+        self.handed[index] = x
+
+    def handed_out(self) -> list[Any]:
+        """What is read out at the end and at the taps, then the escapes."""
+        return [self.handed[index] for index in (len(self.chain.steps) - 1, *self.chain.taps)] + self.escaped(0)
 
     def _value(self, side: State | Escape) -> Any:
         return self.states[side.step] if isinstance(side, State) else self.escapes[side.step][side.number]

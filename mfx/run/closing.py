@@ -1,8 +1,8 @@
 """Closing: the autograd node through which all values of a segment of a chain leave, and at which its backward starts.
 
 :class:`Rewind` is made when a backward begins: it holds the state, which each step takes as it is after it and leaves
-as it was before (:mod:`mfx.rule.carry` computes it).  Where the state is known, what was reconstructed is held against
-it (:mod:`mfx.run.detector`).
+as it was before (:mod:`mfx.rule.arithmetic.carry` computes it).  Where the state is known, what was reconstructed is
+held against it (:mod:`mfx.run.detector`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mfx.errors import BackwardError
 from mfx.memory import values_of
-from mfx.rule.zeros import with_zeros
+from mfx.rule.arithmetic.zeros import with_zeros
+from mfx.rule.step import branch_of
+from mfx.rule.varying import Varying, gradient_of_gamma
 from mfx.run.chain import ChainSpec
 from mfx.run.detector import Distance, pieces, size_of
 from mfx.run.recompute import saved_tensors
@@ -29,6 +31,7 @@ After = tuple["Tensor | None", "Tensor | None"]
 class Close(torch.autograd.Function):
     """``(x, v, escapes, held) -> (x in the model's dtype, v, escapes, held)``; saves the end state, v_0, the snapshots.
 
+    v has values only where it is read out; at the end of a chain it is None elsewhere.
     ``held`` are the tensors that hooks or modules kept.  They leave as they are, the same objects, with this node as
     their history: autograd takes them for changed in place.
     """
@@ -57,12 +60,12 @@ class Close(torch.autograd.Function):
         ctx.slot = slot
         ctx.left = Left.of(setting, recorder, start is not None, size)
         recorder.snapshots, recorder.zeros = {}, None
-        last = recorder.end == len(setting.chain.steps)
+        velocity = _velocity_out(setting, recorder.end, v, edge_v)
         escapes, kept = values[: len(values) - held], values[len(values) - held :]
         ctx.mark_dirty(*kept)
         escapes = [_alias(value) for value in escapes]
         ctx.mark_non_differentiable(*compress(escapes, _constants(escapes, ctx.needs_input_grad[7:])))
-        return (_alias(x.to(recorder.dtype)), None if last else _alias(edge_v), *escapes, *kept)
+        return (_alias(x.to(recorder.dtype)), velocity, *escapes, *kept)
 
     @staticmethod
     @not_followed
@@ -71,6 +74,13 @@ class Close(torch.autograd.Function):
         ctx.slot.rewind = rewind_of(ctx)
         grad_x, grad_v, *others = grads
         return None, None, None, None, grad_x, grad_v, None, *ctx.slot.corrected(others)
+
+
+def _velocity_out(setting: Setting, end: int, v: Tensor, edge: Tensor) -> Tensor | None:
+    """v as a closing node gives it, from what is carried for it and what autograd takes for it."""
+    if setting.chain.coast(end - 1) is not None:
+        return _alias(setting.carry.velocity(end, v).to(edge.dtype))
+    return None if end == len(setting.chain.steps) else _alias(edge)
 
 
 def rewind_of(ctx: Any) -> Rewind:
@@ -140,13 +150,14 @@ class Rewind:
     def check(self, index: int, x: Tensor, v: Tensor | None, after: After, value: Tensor) -> None:
         """Hold one step from a known state against the state after it that was reconstructed (or kept), by pieces."""
         setting = self.left.setting
-        known = index == 0 or v is not None or setting.chain.steps[index].rule.decay == 0
+        known = index == 0 or v is not None or setting.chain.steps[index].rule.forgets
         gone = all(one is None for one in after)
         if not known or (gone and self.left.size is None) or isinstance(x, FakeTensor):
             return
         v = self.start if index == 0 else v
         drift, carry = Distance(), setting.carry
-        for x_i, v_i, value_i, x_after, v_after in pieces(x, v, value.detach(), *after):
+        whole = setting.chain.steps[index].rule.scattered
+        for x_i, v_i, value_i, x_after, v_after in pieces(x, v, value.detach(), *after, whole=whole):
             expected_x, expected_v = carry.advance(index, x_i, v_i, value_i)
             if x_after is not None:
                 drift.add(0, expected_x, x_after)
@@ -161,17 +172,20 @@ class Turn:
     """The backward of one step: what it has of the state, and lets go as soon as it is not needed any more.
 
     ``x`` and ``known`` are the state before the step, as far as it is there; ``inside`` is x as the step computes with
-    it; ``divides`` says that v has to be found from the branch's value.
+    it; ``divides`` says that v has to be found from the branch's value.  Where the gradient of gamma is asked for,
+    ``total`` is the sum of those of x' and v', and ``of_gamma`` is it afterwards.
     """
 
-    def __init__(self, rewind: Rewind, index: int) -> None:
+    def __init__(self, rewind: Rewind, index: int, total: Tensor | None = None) -> None:
         left = rewind.left
-        setting, decay = left.setting, left.setting.chain.steps[index].rule.decay
+        setting, rule = left.setting, left.setting.chain.steps[index].rule
         kept = index in setting.plan.snapshots
         self.rewind, self.index = rewind, index
         self.x, self.known, self.after = rewind.before(index)
         self.inside, self.v = setting.carry.enter(index, self.x, self.known)
-        self.divides = not kept and decay != 0 and (index != left.first or setting.observer is not None)
+        wanted = index != left.first or setting.observer is not None or (total is not None and index > 0)
+        self.divides = not kept and not rule.forgets and wanted
+        self.total, self.of_gamma = total, None
         self.checks = index == 0 or kept
 
     def pass_on(self, value: Tensor | None) -> None:
@@ -182,9 +196,20 @@ class Turn:
         if value is not None and self.divides:
             assert self.after[1] is not None
             self.known = setting.carry.v_before(index, self.inside, self.after[1], value)
+        if value is not None and self.total is not None:
+            self.of_gamma = self._of_gamma(value)
         setting.observe(index, self.inside, self.known)
         self.rewind.leave(index, self.x, self.known)
         del self.x, self.known, self.after, self.inside, self.v
+
+    def _of_gamma(self, value: Tensor) -> Tensor:
+        """The gradient of gamma, from v before the step and the branch's value."""
+        setting, index = self.rewind.left.setting, self.index
+        step, assigned = setting.chain.steps[index], self.rewind.start if index == 0 else self.known
+        v = None if assigned is None else setting.carry.velocity(index, assigned)
+        assert self.total is not None and isinstance(step.rule, Varying)
+        branch = branch_of(step, self.inside, value.to(self.inside.dtype))
+        return gradient_of_gamma(step.rule.gamma.shape, self.total, v, branch)
 
 
 def out_of_turn(chain: ChainSpec, index: int) -> BackwardError:

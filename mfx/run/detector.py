@@ -11,7 +11,7 @@ What a backward reconstructs can be held against what is known, at no cost but a
 
 ``drift`` is the largest of ``|v_1 - v_1'| / max(|v_1|, |v|)``, v the velocity where the run began to be reversed,
 and ``|x_1 - x_1'| / |x_1|``, in the L2 norm.  Where it passes the chain's tolerance a :class:`mfx.DriftWarning` says
-so.  It is 0 in exact arithmetic (:mod:`mfx.rule.carry`) if every branch repeated itself bit for bit.
+so.  It is 0 in exact arithmetic (:mod:`mfx.rule.arithmetic.carry`) if every branch repeated itself bit for bit.
 
 The value stays on its device.  On the CPU it is looked at when the backward ends; elsewhere it is copied without
 waiting and looked at in a later forward of the chain, once it has arrived, or when :func:`mfx.drift` asks for it.
@@ -92,15 +92,16 @@ def size_of(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values_of(value.detach()))
 
 
-def pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The same slices of tensors of one shape (None stays None), so that computing with them takes little memory."""
-    whole = [None if one is None else values_of(one.detach()) for one in tensors]
-    like = next(one for one in whole if one is not None)
-    if like.numel() < _WHOLE:
-        yield tuple(whole)
+def pieces(*tensors: Tensor | None, whole: bool = False) -> Iterator[tuple[Any, ...]]:
+    """The same slices of tensors of one shape (None stays None), so that computing with them takes little memory; one
+    if ``whole``."""
+    found = [None if one is None else values_of(one.detach()) for one in tensors]
+    like = next(one for one in found if one is not None)
+    if whole or like.numel() < _WHOLE:
+        yield tuple(found)
         return
     longest = max(range(like.dim()), key=like.size)
-    cut = [None if one is None else one.chunk(_PIECES, longest) for one in whole]
+    cut = [None if one is None else one.chunk(_PIECES, longest) for one in found]
     for number in range(len(like.chunk(_PIECES, longest))):
         yield tuple(None if parts is None else parts[number] for parts in cut)
 

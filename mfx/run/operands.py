@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.step import StepSpec
+from mfx.torch_versions import pytree
 
 Owner = tuple[nn.Module, str]
 
@@ -173,3 +174,22 @@ def _leaves_of(ends: Sequence[Node]) -> Iterator[Tensor]:
         if hasattr(node, "variable"):
             yield node.variable
         ahead += [before for before, _ in node.next_functions]
+
+
+def without_graph(step: StepSpec, out: Any) -> Any:
+    """A branch's value without its gradient graph."""
+    if isinstance(out, Tensor):
+        return out.detach()
+    refuse_containers(step, [out], "hands out")
+    return out
+
+
+def refuse_containers(step: StepSpec, values: list[Any], what: str) -> None:
+    """Autograd sees tensors only: those inside anything else would lose their gradient unseen."""
+    for value in values:
+        leaves = pytree.tree_leaves(value) if isinstance(value, (tuple, list, dict)) else ()
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise BackwardError(
+                f"block {step.name!r}: its branch {what} tensors inside a {type(value).__name__}, and their gradients "
+                f"would be lost. Pass them on one by one, or keep the block as it is with exclude={step.name!r}"
+            )

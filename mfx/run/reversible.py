@@ -4,8 +4,9 @@
    :class:`mfx.run.closing.Close` ends a segment.  Every value that leaves the segment leaves through it, and it alone
    saves the end state and the snapshots, so every backward starts there, with a :class:`mfx.run.closing.Rewind`.
 2. The next segment starts from what was handed out, so a tap is in the graph, not beside it: its own gradient, and
-   what a hook on it returns, are those of plain autograd.  The state is kept there (:mod:`mfx.rule.snapshots`): x is
-   alive anyway, and v costs one state, or nothing where the step before starts from a kept state as well.
+   what a hook on it returns, are those of plain autograd.  The state is kept there
+   (:mod:`mfx.rule.arithmetic.snapshots`): x is alive anyway, and v costs one state, or nothing where the step before
+   starts from a kept state as well.
 3. Each ``Step`` takes (x', v') of it, steps back to x (or takes x from a snapshot), runs its branch once more under the
    conditions of the first run (:mod:`mfx.run.recompute`), differentiates it, and leaves (x, v).  Its gradients leave at
    once, so the last block's come first (M10).
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -26,14 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from mfx.errors import BackwardError, InputTypeError
-from mfx.rule.carry import carry
-from mfx.rule.snapshots import Schedule
-from mfx.rule.step import StepSpec, added, check_velocity, passed_on, pulled
+from mfx.rule.arithmetic.carry import carry
+from mfx.rule.arithmetic.snapshots import Schedule
+from mfx.rule.step import added, check_velocity, passed_on, pulled
+from mfx.rule.varying import Varies, by_values, gammas_of, varied
 from mfx.run.beside import joined
 from mfx.run.chain import ChainSpec, Inner, stored
 from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
 from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
-from mfx.run.operands import Parameters, refuse_lazy
+from mfx.run.operands import Parameters, refuse_containers, refuse_lazy, without_graph
 from mfx.run.recompute import Rerun, as_inner, as_recomputed, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer
 from mfx.run.uninverted.kept import kept_step
@@ -47,7 +51,6 @@ from mfx.torch_versions import (
     is_recording,
     keeping_version,
     not_followed,
-    pytree,
 )
 
 
@@ -57,11 +60,16 @@ def run(
     x: Tensor,
     velocity: Tensor | None,
     *operands: Sequence[Any],
+    gammas: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order."""
+    """Run ``chain`` from (x_0, v_0); gives x_N, the taps, and the escapes of each step in order.
+
+    ``gammas`` are those of the steps whose gamma varies (:mod:`mfx.rule.varying`).
+    """
     check_velocity(chain.name, x, velocity)
+    chain = _with_gammas(chain, gammas, x)
     plan = _schedule(chain, x)
-    if chain.reversible and _wants_gradient(x, velocity, operands):
+    if chain.reversible and _wants_gradient(x, velocity, (*operands, gammas_of(chain.steps))):
         refuse_lazy(chain.steps, operands)
         if is_plain(chain, plan, x):
             return _copies(chain, plain(chain, plan, root, x, operands))
@@ -88,6 +96,16 @@ def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
     return chain.schedule(dtype, autocast_dtype(x.device, dtype), float64=has_float64(x.device))
 
 
+def _with_gammas(chain: ChainSpec, gammas: Tensor | None, x: Tensor) -> ChainSpec:
+    """The chain by the ``gammas`` of this call; as it is planned where there are no values."""
+    if not any(isinstance(step.rule, Varies) for step in chain.steps) or is_symbolic(x):
+        return chain
+    steps = varied(chain.name, chain.steps, gammas, x, known=not (is_recording() or compiling(x)))
+    learned = any(gamma is not None and gamma.requires_grad for gamma in gammas_of(steps))
+    planned = partial(chain.schedule, rules=tuple(step.rule.planned for step in steps), velocities=learned)
+    return replace(chain, steps=steps, schedule=planned)
+
+
 def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
     """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
     if not torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
@@ -111,7 +129,8 @@ def _reversible(
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
     chain.drift.poll()
-    setting = _setting(chain, plan, root, x)
+    gammas = gammas_of(chain.steps)
+    setting = _setting(replace(chain, steps=by_values(chain.steps)), plan, root, x)
     states = [(x.detach().to(plan.state_dtype), None if v is None else v.detach().to(plan.state_dtype))]
     inner, dtype, start, begin = Inner(chain), x.dtype, states[0][1], 0
     for end in chain.ends:
@@ -125,7 +144,8 @@ def _reversible(
             else:
                 parameters = Parameters.of(chain.steps[index], root)
                 given = (*inner.sides(index, operands[index]), *parameters.tensors)
-                x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, x, v, *given)  # type: ignore[misc]
+                state = (x, v, gammas[index])
+                x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, *state, *given)  # type: ignore[misc]
             nodes.append(x.grad_fn)
             inner.record(x if index in inner.wanted else None, extra[: recorder.escapes], recorder.dtype)
             slot.note(index, recorder.escapes, extra[recorder.escapes :])
@@ -133,7 +153,7 @@ def _reversible(
         x, v = _closed(setting, recorder, slot, inner, nodes, start if begin == 0 else None, x, v)
         states.append(recorder.state)
         dtype, begin = recorder.dtype, end
-    return _copies(chain, inner.handed_out(x))
+    return _copies(chain, inner.handed_out())
 
 
 def _closed(
@@ -158,6 +178,7 @@ def _closed(
     if not setting.symbolic:
         out, v, *values = joined(slot, begin, nodes, (out, v), [*keys, *kept], values, len(held))
     inner.close(out, values, begin)
+    inner.read_out(out, v, apart=True)
     return out, v
 
 
@@ -192,6 +213,7 @@ class Step(torch.autograd.Function):
         index: int,
         edge_x: Tensor,
         edge_v: Tensor | None,
+        gamma: Tensor | None,
         *given: Any,
     ) -> Any:
         step = setting.chain.steps[index]
@@ -218,13 +240,14 @@ class Step(torch.autograd.Function):
         refuse_double_backward(setting.chain)
         if ctx.slot.rewind is None:
             raise out_of_turn(setting.chain, index)
-        turn = Turn(ctx.slot.rewind, index)
         operands = rerun.operands(iter(saved_tensors(ctx, f"a parameter or side input of block {step.name!r}")))
-        value = pulled(step, grad_x, grad_v, own=True)
+        total = added(grad_v, grad_x) if ctx.needs_input_grad[7] else None
+        value = pulled(step, grad_x, grad_v, own=total is None)
+        turn = Turn(ctx.slot.rewind, index, total)
         refuse_watched(step.name, ctx.slot.of_step(index) if value is not None else ())
         grads: list[Tensor | None] = [None] * (1 + len(operands))
         if turn.divides or value is not None or any(grad is not None for grad in grad_extra):
-            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[7:])
+            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[8:])
             grads = rerun.differentiate(turn, operands, wanted, value, grad_extra)
         else:
             turn.pass_on(None)
@@ -232,7 +255,8 @@ class Step(torch.autograd.Function):
             ctx.slot.rewind = None
         own_x, own_v = passed_on(step, grad_x, grad_v, value)
         own_v = own_v if ctx.needs_input_grad[6] else None
-        return None, None, None, None, None, added(own_x, grads[0]), own_v, *grads[1:]
+        of_state = (added(own_x, grads[0]), own_v, turn.of_gamma)
+        return None, None, None, None, None, *of_state, *grads[1:]
 
 
 def _first_run(
@@ -244,7 +268,7 @@ def _first_run(
     """
     setting, step, index = rerun.setting, rerun.step, rerun.index
     sides = operands[: len(step.sides)]
-    _refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
+    refuse_containers(step, [side for side in sides if not isinstance(side, Tensor)], "takes")
     seen = [x, *compress(sides, saved)]
     versions = [] if setting.symbolic else [tensor._version for tensor in seen]
     first = bool(rerun.watch.keeping) and index not in setting.chain.followed
@@ -265,7 +289,7 @@ def _first_run(
             f"block {step.name!r}: its branch writes in place to x or to a value from outside it, so it cannot "
             f"be recomputed. Write to a copy (.clone()), or keep the block as it is with exclude={step.name!r}"
         )
-    values = [_tensor_or_plain(step, value) for value in values]
+    values = [without_graph(step, value) for value in values]
     if followed and not followed.lose(f"a module of block {step.name!r}", [*values, *rerun.watch.found.values()]):
         setting.chain.followed.add(index)
     return values
@@ -273,22 +297,3 @@ def _first_run(
 
 def _copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(v.clone() if n in chain.copied and isinstance(v, Tensor) else v for n, v in enumerate(values))
-
-
-def _tensor_or_plain(step: StepSpec, out: Any) -> Any:
-    """A branch's value without its gradient graph."""
-    if isinstance(out, Tensor):
-        return out.detach()
-    _refuse_containers(step, [out], "hands out")
-    return out
-
-
-def _refuse_containers(step: StepSpec, values: list[Any], what: str) -> None:
-    """Autograd sees tensors only: those inside anything else would lose their gradient unseen."""
-    for value in values:
-        leaves = pytree.tree_leaves(value) if isinstance(value, (tuple, list, dict)) else ()
-        if any(isinstance(leaf, Tensor) for leaf in leaves):
-            raise BackwardError(
-                f"block {step.name!r}: its branch {what} tensors inside a {type(value).__name__}, and their gradients "
-                f"would be lost. Pass them on one by one, or keep the block as it is with exclude={step.name!r}"
-            )

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.rule.carry import Floating
-from mfx.rule.snapshots import Schedule
-from mfx.rule.zeros import counted_zeros
+from mfx.rule.arithmetic.carry import Floating
+from mfx.rule.arithmetic.snapshots import Schedule
+from mfx.rule.arithmetic.zeros import counted_zeros
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast
 
@@ -89,7 +89,7 @@ class Recorder:
 
     ``state`` is the one before the step that comes next, as carried; ``wanted`` the steps whose
     state later steps read; ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
-    :mod:`mfx.rule.zeros`.
+    :mod:`mfx.rule.arithmetic.zeros`.
     """
 
     def __init__(self, dtype: torch.dtype, first: int, state: State, wanted: Set[int]) -> None:

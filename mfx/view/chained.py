@@ -50,7 +50,10 @@ def activation_bytes(block: Block, sizes: Mapping[fx.Node, int]) -> int | None:
 
 def _row(chain: Chain, found: Found, sizes: Mapping[fx.Node, int]) -> ChainRow:
     dtype: torch.dtype | None = chain.input.meta.get(DTYPE)
-    row = ChainRow(chain.number, chain.names, chain.gammas, stored=chain.way.text)
+    rules = tuple(map(str, chain.rules))
+    row = ChainRow(
+        chain.number, chain.names, chain.gammas, rules, chain.rules[0].pull, chain.lag, stored=chain.way.text
+    )
     if dtype is None or not sizes:
         return row
     row = replace(row, activation_bytes=sum(activation_bytes(block, sizes) or 0 for block in chain.blocks))

@@ -23,7 +23,7 @@ from mfx.graph.notes import SHAPE, STREAMS
 from mfx.graph.shapes import Fake, propagate_shapes
 from mfx.model.conversion import check_model, require_inputs
 from mfx.model.outlook import Outlook, outlooks
-from mfx.options import Budget, Gamma, Optimizer, Patterns, Velocity, check_optimizer, make_options
+from mfx.options import Budget, Gamma, Optimizer, Patterns, RuleName, Velocity, check_optimizer, make_options
 from mfx.plan import Chain, Plan
 from mfx.view.chained import activation_bytes, chain_rows
 from mfx.view.footprint import Peaks, StepMemory, peaks_of, step_memory
@@ -35,6 +35,10 @@ def report(
     example_inputs: Any = None,
     *,
     gamma: Gamma = 0.9,
+    rule: RuleName = "momentum",
+    h: float | None = None,
+    readout: str = "x",
+    granularity: str = "add",
     include: Patterns = None,
     exclude: Patterns = None,
     modules: Patterns = None,
@@ -54,8 +58,8 @@ def report(
         model: any module that gives one graph; it is not run and not changed.
         example_inputs: tensor, tuple or dict as the model's forward takes them; tensors on the meta device or
             fake ones do, only shapes and dtypes are read.  Adds shapes and bytes.
-        gamma, include, exclude, modules, velocity, reversible, state_dtype, tolerance, capture, activation_budget: as
-            for :func:`mfx.momentumize`.
+        gamma, rule, h, readout, granularity, include, exclude, modules, velocity, reversible, state_dtype, tolerance,
+            capture, activation_budget: as for :func:`mfx.momentumize`.
         optimizer: counts its state too, so that the report says what a whole step needs: a class of ``torch.optim`` or
             its name (``"AdamW"``), a callable that makes one of parameters, or an optimizer of the model, which is left
             as it is.
@@ -76,6 +80,10 @@ def report(
     """
     options = make_options(
         gamma,
+        rule=rule,
+        h=h,
+        readout=readout,
+        granularity=granularity,
         include=include,
         exclude=exclude,
         modules=modules,
@@ -109,8 +117,10 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     forecasts = [one.plan.forecast for one in seen if one.plan.forecast is not None]
     most = max(forecasts, key=lambda forecast: forecast.peak, default=None)
     step = None if owned is None else _step(found, seen, owned)
+    options = next(iter(found.values())).momentum.options
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, _courses(seen))
+    courses = _courses(seen)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout, courses)
 
 
 def _courses(seen: list[_Seen]) -> dict[str, Course]:
@@ -198,6 +208,7 @@ def _momentum_row(chain: Chain, step: int, seen: _Seen) -> Row:
         parameters=_parameter_count(block.members, seen.found),
         shape=block.skip.meta.get(SHAPE),
         streams=tuple(node.meta.get(SHAPE, ()) for node in block.skip.meta.get(STREAMS, ())),
+        adds=block.adds,
         activation_bytes=activation_bytes(block, seen.sizes),
         treatment=_treatment(chain, step, seen),
     )
@@ -211,7 +222,7 @@ def _treatment(chain: Chain, step: int, seen: _Seen) -> str:
         return _outside_chains(chain.blocks[step].output, seen)
     if step in chain.kept or not chain.way.reversible:
         return "keep"
-    return "reverse" if chain.rules[step].decay else "recompute"
+    return "recompute" if chain.rules[step].forgets else "reverse"
 
 
 def _outside_chains(node: fx.Node, seen: _Seen) -> str:
@@ -234,6 +245,7 @@ def _kept_row(rejection: Rejection, block: Block | None, seen: _Seen) -> Row:
         kind="residual" if block is None else block.kind,
         parameters=0 if block is None else _parameter_count(block.members, seen.found),
         shape=rejection.add.meta.get(SHAPE),
+        adds=1 if block is None else block.adds,
         activation_bytes=None if block is None else activation_bytes(block, seen.sizes),
         treatment=_outside_chains(rejection.add, seen),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mfx.budget.step import Course
 from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
+from mfx.view.lines import chain_lines, forecast_lines
 from mfx.view.pictures import drawn_blocks, drawn_step, fragment, saved
 
 
@@ -24,7 +25,8 @@ class Row:
     ``status`` is ``"momentum"`` or ``"kept"`` (``reason`` says why), ``kind`` ``"residual"`` or ``"wrapped"``.
     ``shape`` (of x) and ``activation_bytes`` (kept for backward by the original block) need example inputs.
     Where several streams are one state, ``streams`` are the shapes of each.
-    ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``.
+    ``treatment`` is what a budget does with its activations: ``"keep"``, ``"reverse"`` or ``"recompute"``; ``adds`` how
+    many residual adds a layer has that is taken whole.
     """
 
     name: str
@@ -37,16 +39,20 @@ class Row:
     activation_bytes: int | None = None
     streams: tuple[tuple[int, ...], ...] = ()
     treatment: str = ""
+    adds: int = 1
 
 
 @dataclass(frozen=True)
 class ChainRow:
-    """One chain: its blocks, their gammas, and, with example inputs, what its state costs.
+    """One chain: its blocks, their gammas (how much of the velocity a step leaves) and rules, and, with example inputs,
+    what its state costs.
 
+    ``pull`` is the factor of the first block's branch, ``lag`` by how many blocks the state that branches read lags
+    behind where it would come to rest; None where it never does.
     ``snapshots`` are the steps before which the state is kept, ``interval`` the most steps between two kept states;
     ``activation_bytes`` is what the original blocks keep for backward, ``state_bytes`` what the chain keeps in their
-    place.  ``drift`` is the relative error that reversing may make (:mod:`mfx.rule.precision`; 0: bit for bit),
-    ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
+    place.  ``drift`` is the relative error that reversing may make (:mod:`mfx.rule.arithmetic.precision`; 0: bit for
+    bit), ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
     FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
     ``stored`` says why the chain keeps its activations, if it does.
@@ -55,6 +61,9 @@ class ChainRow:
     index: int
     blocks: tuple[str, ...]
     gammas: tuple[float, ...]
+    rules: tuple[str, ...] = ()
+    pull: float = 1.0
+    lag: float | None = 0.0
     state_dtype: str | None = None
     snapshots: tuple[int, ...] | None = None
     activation_bytes: int | None = None
@@ -124,6 +133,7 @@ class Report:
     Under an ``activation_budget``, ``segments`` has a row for each piece outside of chains that is recomputed, each
     block a ``treatment``, and ``forecast`` the peak of a training step (of the part that needs most, where a model is
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
+    ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
     ``courses`` are the bytes alive along a step, of plain backprop and of momentum.
     """
@@ -137,6 +147,7 @@ class Report:
     forecast: Forecast | None = None
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
+    readout: str = "x"
     courses: dict[str, Course] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -156,6 +167,7 @@ class Report:
             "segments": [asdict(row) for row in self.segments],
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "step": None if self.step is None else asdict(self.step),
+            "readout": self.readout,
             "sums": [_jsonable(asdict(row)) for row in self.sums],
         }
 
@@ -197,12 +209,17 @@ class Report:
 
     def _summary(self) -> Iterator[str]:
         lengths = ", ".join(str(len(chain.blocks)) for chain in self.chains)
-        count = f"{len(self.rewritable)} of {len(self.blocks)} residual adds"
+        adds = sum(row.adds for row in self.blocks if row.status == "momentum")
+        count = f"{adds} of {sum(row.adds for row in self.blocks)} residual adds"
         yield f"{self.model}: {count} become momentum steps, in {len(self.chains)} chains" + (
             f" of {lengths} blocks" if lengths else ""
         )
+        whole = [row.adds for row in self.blocks if row.adds > 1]
+        if whole:
+            yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
-            yield from _chain_lines(chain)
+            yield from chain_lines(chain)
+        yield from _lag_lines(self.chains, self.readout)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
             share = f" ({after / before:.0%})" if before else ""
@@ -213,7 +230,7 @@ class Report:
             for row in self.segments
         )
         if self.forecast is not None:
-            yield from _forecast_lines(self.forecast)
+            yield from forecast_lines(self.forecast)
         if self.step is not None:
             if self.forecast is None and self.step.where:
                 yield f"most is alive at: {self.step.where}"
@@ -221,10 +238,13 @@ class Report:
             yield from self.step.lines()
 
 
-def _forecast_lines(found: Forecast) -> Iterator[str]:
-    peak, plain, least = map(format_bytes, (found.peak, found.plain, found.least))
-    yield f"activations of a training step at most: {peak}, of plain backprop {plain}; the least possible is {least}"
-    yield f"most is alive at: {found.where}"
+def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
+    """By how many blocks the state that branches read lags behind where it would come to rest."""
+    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and chain.lag is not None and chain.lag > 0}
+    if lags:
+        how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
+        blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
+        yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -242,45 +262,6 @@ def _cells(row: Row) -> dict[str, object]:
         cells["backward"] = row.treatment
     cells["why kept"] = row.reason
     return cells
-
-
-def _chain_lines(chain: ChainRow) -> Iterator[str]:
-    if len(chain.gammas) == 1 and chain.gammas[0] > 0:
-        factor = f"{1 - chain.gammas[0]:.3g}"
-        yield f"chain {chain.index} has one block, so it is x + {factor} f(x) and has no momentum"
-    if chain.stored:
-        yield f"{_head(chain)}; as momentum, activations are stored as well ({chain.stored})"
-        return
-    if chain.state_bytes is not None and chain.snapshots is not None:
-        count = len(chain.snapshots)
-        snapshots = f", {count} snapshots, {chain.interval} steps apart at most" if count else ""
-        drift = f"drift up to {chain.drift:.0e}" if chain.drift else "no drift"
-        line = (
-            f"{_head(chain)}, as momentum {format_bytes(chain.state_bytes)} "
-            f"(state in {chain.state_dtype}{snapshots}, {drift})"
-        )
-        late = f"; it does not pay before {chain.break_even} such blocks: exclude them to save time"
-        yield line if chain.pays else line + late
-        yield from _advice_lines(chain)
-
-
-def _advice_lines(chain: ChainRow) -> Iterator[str]:
-    """Where something else would do better than to reverse a chain."""
-    if chain.advice == "keep" and chain.free:
-        yield (
-            f"chain {chain.index}: nothing at all does better: kept, the activations leave the peak where it is and "
-            f"save {chain.work or 0:.1e} FLOPs of recomputation (activation_budget= keeps what fits)"
-        )
-    if chain.advice == "checkpoint":
-        yield (
-            f"chain {chain.index}: a checkpoint around each block does better: it keeps "
-            f"{format_bytes(chain.checkpoint_bytes or 0)} and inverts nothing (gamma=0 for these blocks)"
-        )
-
-
-def _head(chain: ChainRow) -> str:
-    size = "" if chain.activation_bytes is None else f" {format_bytes(chain.activation_bytes)}"
-    return f"chain {chain.index}: {len(chain.blocks)} blocks keep{size or ' their activations'}"
 
 
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:

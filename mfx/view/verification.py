@@ -41,7 +41,7 @@ from mfx.model import drift, momentumize
 from mfx.model.parts import parts_of
 from mfx.options import Gamma
 from mfx.rule import Schedule
-from mfx.rule.precision import default_tolerance
+from mfx.rule.arithmetic.precision import default_tolerance
 from mfx.run import ChainSpec
 from mfx.run.conditions import autocast_dtype
 from mfx.run.tape import observing
@@ -50,6 +50,8 @@ from mfx.view.verified import ChainVerification, Verification
 
 _MEASURED = 3
 _ROOM = 4
+_OF_RULES = ("rule", "h", "readout")
+"""What has no meaning at gamma = 0."""
 """How much further from the original its momentumized version may be than a second run of it."""
 
 
@@ -97,7 +99,7 @@ def verify(
             warnings.simplefilter("ignore", MfxWarning)
             stored = momentumize(model, gamma, reversible=False, **options)
             original = _against_original(trial, model, gamma, options, allowed)
-        _share_velocities(reversible, stored)
+        _share_added(reversible, stored)
         expected = trial.run(stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DriftWarning)
@@ -113,7 +115,8 @@ def _against_original(
 ) -> dict[str, Any]:
     """What the first comparison finds."""
     velocity = options.get("velocity", "zero")
-    plain = {**options, "velocity": "zero" if callable(velocity) else velocity, "state_dtype": "auto"}
+    plain = {key: value for key, value in options.items() if key not in _OF_RULES}
+    plain |= {"velocity": "zero" if callable(velocity) else velocity, "state_dtype": "auto"}
     zero = dict.fromkeys(gamma, 0.0) if isinstance(gamma, Mapping) else 0.0
     mm = momentumize(model, zero, **plain)
     expected = trial.first(model)
@@ -227,7 +230,6 @@ class _States:
         self.plans[chain], self.errors[chain] = plan, {}
 
 
-def _share_velocities(one: nn.Module, other: nn.Module) -> None:
-    """Learned velocities are made anew for each momentumized model; compare with the same ones."""
-    if ADDED in one._modules:
-        other._modules[ADDED] = one._modules[ADDED]
+def _share_added(one: nn.Module, other: nn.Module) -> None:
+    """What gives velocities and gammas is made anew for each momentumized model; compare with the same."""
+    other._modules.update({name: one._modules[name] for name in ADDED if name in one._modules})

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from mfx.capture import Call, Captured, capture_dynamo, capture_symbolic
 from mfx.capture.lifted import prepare
 from mfx.capture.symbolic import with_sizes
-from mfx.find.named import calls_of
+from mfx.find.whole.named import calls_of
 from mfx.graph.notes import DTYPE, LIFTED, RETURNED, SCOPE, SHAPE, Scope
 
 

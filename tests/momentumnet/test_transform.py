@@ -14,7 +14,7 @@ from nets import Net
 from torch import Tensor, nn
 
 import mfx
-from mfx.find.named import calls_of
+from mfx.find.whole.named import calls_of
 from mfx.model.conversion import momentum_of
 
 GAMMA = 0.8

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mfx.rewrite.kernels import fused
-from mfx.rule.carry import EAGER
+from mfx.rule.arithmetic.carry import EAGER
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]

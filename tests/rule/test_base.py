@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mfx.rule import Momentum, Rule, StepSpec, schedule
-from mfx.rule.carry import carry
+from mfx.rule.arithmetic.carry import carry
 from mfx.rule.step import added, advance, cotangents, retreat
 from mfx.run import ChainSpec, run
 

@@ -9,7 +9,7 @@ no chain of one of them can run before or after a chain of another.  So a graph 
 2. their blocks form *rounds*: one of each track, where these read the states before them alone; else so many, in order,
    that each stream has been updated;
 3. between rounds stands the joined state X.  A round is a wrapped block, ``F(X) = G(X) - X``, marked as the call of a
-   named module (:mod:`mfx.find.named`), so that the rest of the house sees a chain like any other;
+   named module (:mod:`mfx.find.whole.named`), so that the rest of the house sees a chain like any other;
 4. all else stays as it is, and where it was as far as values allow.  Where they do not, and the order of random numbers
    or writes would change, nothing is joined.
 

@@ -91,7 +91,7 @@ class Guard:
         )
 
     def _is_momentum(self, side: Momentum) -> bool:
-        return any(name in side.blocks() and side.options.gamma_of(name) for name in self.names)
+        return any(name in side.blocks() and side.options.moves(name) for name in self.names)
 
 
 def _is_inside(module: nn.Module, side: Momentum) -> bool:

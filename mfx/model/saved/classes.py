@@ -37,7 +37,7 @@ def saving_methods(original: Any) -> dict[str, Any]:
         if not any(STATE in module.__dict__ for module in self.modules()):
             return original.save_pretrained(self, *args, **kwargs)
         recipe = recipe_of(self)
-        gammas = _moving(recipe["options"]["gamma"])
+        gammas = [0.0] if "rule" in recipe["options"] else _moving(recipe["options"]["gamma"])
         if gammas and not getattr(self, "_hf_peft_config_loaded", False):
             kwargs["state_dict"] = {**(kwargs.get("state_dict") or self.state_dict()), MARK: torch.tensor(gammas)}
         setattr(self.config, RECIPE, recipe)
@@ -64,6 +64,8 @@ def _refusal(original: type[nn.Module], instead: str) -> str:
 
 def _moving(gamma: Any) -> list[float]:
     """The gammas that are not 0."""
+    if isinstance(gamma, dict) and "python" in gamma:
+        return [float("nan")]
     if isinstance(gamma, dict) and "tensor" not in gamma:
         return [value for one in gamma.values() for value in _moving(one)]
     values = torch.as_tensor(gamma["tensor"] if isinstance(gamma, dict) else gamma, dtype=torch.float64)

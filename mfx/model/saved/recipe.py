@@ -3,7 +3,8 @@
 It has the options, among them gamma as it is now; the names of the blocks of each chain, by which a later reader can
 see that it made the same network; and shapes, dtypes and plain values of the example inputs, which some captures need.
 
-Known limits: options that are Python (a velocity's factory) are not in it and have to be given again.
+Known limits: options that are Python (a rule of one's own) are not in it and have to be given again; a network with
+learned velocities or gammas is not made again by its recipe.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from mfx.errors import OptionError
 from mfx.model.parts import full_names, parts_of
-from mfx.options import make_options
+from mfx.options import gamma_of, make_options
 
 RECIPE = "mfx"
 """The entry of a model's configuration that has the recipe."""
@@ -38,14 +39,16 @@ def recipe_of(mm: nn.Module) -> dict[str, Any]:
     """
     parts = parts_of(mm)
     options = next((part.options for part in parts.values() if hasattr(part, "options")), None)  # type: ignore[attr-defined]
-    given = {name: _encoded(getattr(options, name)) for name in inspect.signature(make_options).parameters}
+    names = [name for name in inspect.signature(make_options).parameters if getattr(options, name, None) is not None]
+    given = {name: _encoded(getattr(options, name)) for name in names}
     gammas = {
-        name: _encoded(part.options.gamma_of(block))  # type: ignore[attr-defined]
+        name: _encoded(gamma_of(part.options.gamma, block))  # type: ignore[attr-defined]
         for path, part in parts.items()
         for name, block in zip(full_names(path, part), part.blocks(), strict=True)
     }
     same = len({str(gamma) for gamma in gammas.values()}) == 1
-    given["gamma"] = next(iter(gammas.values())) if same else gammas
+    if not callable(options.gamma):  # type: ignore[union-attr]
+        given["gamma"] = next(iter(gammas.values())) if same else gammas
     chains = [list(chain) for part in parts.values() for chain in getattr(part, "chains", None) or ()]
     return {"options": given, "chains": chains, "example": mm.__dict__.get(EXAMPLE)}
 
@@ -54,9 +57,16 @@ def options_of(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     """The options of a recipe, as keyword arguments; those ``given`` come first.
 
     Raises:
-        OptionError: an option that is Python is not given.
+        OptionError: an option that is Python is not given, or one is learned.
     """
-    options = {**{name: _decoded(value) for name, value in recipe["options"].items()}, **given}
+    saved = {name: _decoded(value) for name, value in recipe["options"].items()}
+    for name in ("gamma", "velocity"):
+        if isinstance(saved[name], _Python):
+            raise OptionError(
+                f"the model was saved with {name}={saved[name].name}, which is learned: momentumize the plain model "
+                f"with {name}= as it was, and load the state_dict that was saved into that"
+            )
+    options = {**saved, **given}
     for name, value in options.items():
         if isinstance(value, _Python):
             raise OptionError(

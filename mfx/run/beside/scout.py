@@ -145,7 +145,7 @@ class Scout:
                 total = added(self._read.get(key), grad)
                 self._read |= {} if total is None else {key: total}
         v, x = visited.v, visited.x
-        if index not in rerun.setting.plan.snapshots and rerun.step.rule.decay != 0:
+        if index not in rerun.setting.plan.snapshots and not rerun.step.rule.forgets:
             assert visited.v_after is not None
             value = visited.opened.values[0].detach()
             v = rerun.setting.carry.v_before(index, visited.inside, visited.v_after, value)

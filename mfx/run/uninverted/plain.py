@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.rule.snapshots import Schedule
+from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import advance
 from mfx.run.chain import ChainSpec, Inner
 from mfx.run.tape import is_observed
@@ -47,7 +47,9 @@ def plain(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor, operands
         x = advance(step, x, None, value)[0].to(dtype)
         inner.record(x, extra)
         del value
-    return inner.handed_out(x)
+        if index + 1 in chain.ends:
+            inner.read_out(x, None)
+    return inner.handed_out()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,18 +2,18 @@
 
 The plan, for a chain of N steps, a dtype and a tolerance:
 
-1. candidates: floating in the input's dtype; exact in a finer one (one precision up: float64 over float32, float32
-   over the half precisions, which never carry the state themselves); for float64, exact in float64;
+1. candidates: floating in the input's dtype; exact in a finer one (float64 over float32, float32 or float64 over the
+   half precisions, which never carry the state themselves); for float64, exact in float64;
 2. each walks through the steps and keeps a snapshot (x, v) before a step whose division would take the error, or
    the rounding, over the tolerance.  The first step of a run needs no division: what it started from is known;
 3. a further candidate keeps every x, no v: activation checkpointing, all there is to do at gamma = 0 and the
    cheapest near it;
-4. the fewest bytes win; among equals fewer snapshots, then floating arithmetic.
+4. the fewest bytes win; among equals what is not two precisions up, then fewer snapshots, then floating arithmetic.
 
 Before a step in ``cuts`` every candidate keeps the state: there the chain hands its x out, so x is there anyway
 (:mod:`mfx.run.reversible`).  A dtype that the device lacks is no candidate.
 
-Reference: the error model of :mod:`mfx.rule.precision`.
+Reference: the error model of :mod:`mfx.rule.arithmetic.precision`.
 Known limits: its L is not known of a model.
 """
 
@@ -23,17 +23,16 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mfx.errors import OptionError
-from mfx.rule.base import Rule
-from mfx.rule.precision import (
+from mfx.rule.arithmetic.precision import (
     BRANCH_GAIN,
+    FINER,
     FINEST,
     MARGINS,
-    ONE_UP,
     Margin,
     Run,
     default_tolerance,
@@ -41,6 +40,7 @@ from mfx.rule.precision import (
     floating_error,
     roundoff,
 )
+from mfx.rule.base import Rule
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Schedule:
     ``snapshots`` are step indices; at step i the kept state is x_i, and v_i too where step i - 1 has to be reversed
     from it.  ``tolerance`` is the relative error allowed, ``grid`` x's quantum relative to the largest element of the
     run's first x (0 in floating arithmetic), and ``quanta`` are v's first ones, for each run.  ``drift`` is the error
-    that reversing may make (:mod:`mfx.rule.precision`; 0: bit for bit), ``rounding`` how far exact arithmetic may move
-    the forward's x, both relative.
+    that reversing may make (:mod:`mfx.rule.arithmetic.precision`; 0: bit for bit), ``rounding`` how far exact
+    arithmetic may move the forward's x, both relative; ``velocities``: v is kept with every x that is.
 
     >>> from mfx.rule.momentum import Momentum
     >>> schedule((Momentum(0.9),) * 100, torch.float32).state_count(100)
@@ -65,6 +65,7 @@ class Schedule:
     quanta: tuple[float, ...] = ()
     drift: float = 0.0
     rounding: float = 0.0
+    velocities: bool = False
 
     @property
     def exact(self) -> bool:
@@ -73,7 +74,7 @@ class Schedule:
 
     def keeps_velocity(self, step: int) -> bool:
         """Whether the snapshot before ``step`` needs v beside x."""
-        return step > 0 and step - 1 not in self._kept
+        return step > 0 and (self.velocities or step - 1 not in self._kept)
 
     def state_count(self, steps: int) -> int:
         """How many tensors of x's size a chain of ``steps`` keeps for backward."""
@@ -121,6 +122,7 @@ def schedule(
     compute: torch.dtype | None = None,
     cuts: tuple[int, ...] = (),
     float64: bool = True,
+    velocities: bool = False,
 ) -> Schedule:
     """The cheapest schedule, in bytes, that keeps the tolerance.
 
@@ -132,6 +134,7 @@ def schedule(
         compute: the dtype the branches compute in where it is coarser than ``dtype`` (autocast).
         cuts: steps before which the state is kept in any case.
         float64: whether the device has it.
+        velocities: whether v is kept with every x that is kept, since the gradient of gamma is made of it.
 
     Returns:
         A :class:`Schedule`.
@@ -152,7 +155,7 @@ def schedule(
     coarse = dtype if compute is None or roundoff(compute) < roundoff(dtype) else compute
     allowed = default_tolerance(coarse) if tolerance is None else tolerance
     if state_dtype == "auto":
-        states = [state for state in (dtype, ONE_UP.get(dtype)) if state in FINEST]
+        states = [state for state in (dtype, *FINER.get(dtype, ())) if state in FINEST]
         states = [state for state in states if float64 or state != torch.float64]
     else:
         states = [torch.promote_types(dtype, state_dtype)]  # type: ignore[arg-type]
@@ -164,8 +167,12 @@ def schedule(
     found = list(_candidates(rules, states, coarse, allowed, frozenset(cuts)))
     kept = dtype if state_dtype == "auto" else states[0]
     found.append(Schedule(kept, tuple(range(len(rules))), allowed))
-    steps = len(rules)
-    return min(found, key=lambda one: (one.bytes_an_element(steps), len(one.snapshots), one.exact))
+    found = [replace(one, velocities=velocities) for one in found]
+    steps, far = len(rules), FINER.get(dtype, ())[1:]
+    return min(
+        found,
+        key=lambda one: (one.bytes_an_element(steps), one.state_dtype in far, len(one.snapshots), one.exact),
+    )
 
 
 def _candidates(
@@ -211,8 +218,8 @@ def _exact(
     fresh = Run(digits(state), grid, margin)
     snapshots, runs = [], [fresh]
     for step, rule in enumerate(rules[1:], 1):
-        longer = runs[-1].after(rule.decay)
-        if rule.decay == 0 or longer.rounding > margin.rounding or step in cuts:
+        longer = runs[-1].after(*rule.bounds)
+        if rule.forgets or longer.rounding > margin.rounding or step in cuts:
             snapshots.append(step)
             runs.append(fresh)
         else:

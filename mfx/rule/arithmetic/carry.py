@@ -1,8 +1,8 @@
 """Carry: the arithmetic of a chain's state (x, v), forward and backward.
 
 :class:`Floating` computes as the rule writes it.  :class:`Exact` is undone bit for bit, as long as
-branches repeat themselves; :mod:`mfx.rule.precision` says when which is used and derives the numbers.  A *run* is the
-steps from one kept state to the next.  In exact arithmetic
+branches repeat themselves; :mod:`mfx.rule.arithmetic.precision` says when which is used and derives the numbers.  A
+*run* is the steps from one kept state to the next.  In exact arithmetic
 
 1. a run starts by putting x on a grid: multiples of a power of two, a fixed fraction of the run's largest element;
 2. after its first step it carries v as whole numbers w of quanta, ``v = w q0 P`` with P the product of the decays
@@ -15,7 +15,7 @@ transparent.  Both kinds of chain, reversible and stored, carry their state in t
 
 Reference: Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible Learning",
 ICML 2015, arXiv 1502.03492, section 2 (the bits that a decay loses have to be kept somewhere).
-Known limits: see :mod:`mfx.rule.precision`.
+Known limits: see :mod:`mfx.rule.arithmetic.precision`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfx.rule.snapshots import Schedule
+from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import StepSpec, advance, branch_of, retreat
 
 _EXPONENT = {torch.float64: (torch.int64, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7F800000)}
@@ -68,7 +68,9 @@ class Exact(Floating):
     def __init__(self, steps: tuple[StepSpec, ...], plan: Schedule, kernels: Kernels) -> None:
         super().__init__(steps, plan)
         self.kernels = kernels
-        self.places = _places(tuple(step.rule.decay for step in steps), plan)
+        decays = tuple(step.rule.decay for step in steps)
+        known = not any(isinstance(decay, Tensor) for decay in decays)
+        self.places = (_places if known else _places.__wrapped__)(decays, plan)
         self.grids: dict[int, _Grid] = {}
 
     def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +121,9 @@ class Exact(Floating):
         given = value if step.scale == 1.0 else value.to(x.dtype)
         branch = branch_of(step, x, given)
         per_w = self.grids[place.start].per_v * (step.rule.pull / place.product)
-        return branch, branch is not value, per_w
+        return branch, branch is not value and not per_w.requires_grad, per_w
 
-    def _ratio(self, index: int) -> float:
+    def _ratio(self, index: int) -> float | Tensor:
         """The quantum of w at a step, in that of x."""
         place = self.places[index]
         return place.quantum / self.plan.grid * place.product
@@ -174,17 +176,17 @@ class _Place:
     """Where a step is: the first step of its run, the product of decays from there, q0 of the run."""
 
     start: int
-    product: float
+    product: float | Tensor
     quantum: float
     alone: bool
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(decays: tuple[float, ...], plan: Schedule) -> tuple[_Place, ...]:
+def _places(decays: tuple[float | Tensor, ...], plan: Schedule) -> tuple[_Place, ...]:
     starts = plan.starts()
     places: list[_Place] = []
     for start, end, quantum in zip(starts, [*starts[1:], len(decays)], plan.quanta, strict=True):
-        products = [1.0]
+        products: list[float | Tensor] = [1.0]
         for decay in decays[start + 1 : end]:
             products.append(products[-1] * decay)
         places += [_Place(start, product, quantum, end - start == 1) for product in products]

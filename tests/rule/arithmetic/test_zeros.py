@@ -11,7 +11,7 @@ from helpers import kept_bytes, relative_error
 from torch import Tensor, nn
 
 import mfx
-from mfx.rule.zeros import counted_zeros, with_zeros
+from mfx.rule.arithmetic.zeros import counted_zeros, with_zeros
 
 F32 = torch.float32
 

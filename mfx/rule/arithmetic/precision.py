@@ -16,11 +16,11 @@ of what the branch sees is off by sqrt(e u), much more than e: from 1e-16 to 2e-
 Small tensors do not show it (no element happens to flip), large ones always do.
 
 *Exact arithmetic.*  So a state finer than the branches' dtype is carried on grids on which nothing is ever rounded
-backward (:mod:`mfx.rule.carry`): x as multiples of a power of two, and v as whole numbers w of quanta that shrink with
-the steps, ``v_k = w_k q0 P_k`` with P_k the product of the decays.  Then ``w <- w + round(pull F / (q0 P_k))`` and
-``x <- x + round(v)`` are undone bit for bit, and the branch sees the same bits.  The price is that a run of steps needs
-log2(1 / |prod(decay)|) of the state's bits; the rest, less some bits for velocities larger than x_0, is the precision
-of the first quantum q0.  The rounding of step k shifts x_N by its quantum / sqrt(12) times what the
+backward (:mod:`mfx.rule.arithmetic.carry`): x as multiples of a power of two, and v as whole numbers w of quanta that
+shrink with the steps, ``v_k = w_k q0 P_k`` with P_k the product of the decays.  Then ``w <- w + round(pull F / (q0
+P_k))`` and ``x <- x + round(v)`` are undone bit for bit, and the branch sees the same bits.  The price is that a run of
+steps needs log2(1 / |prod(decay)|) of the state's bits; the rest, less some bits for velocities larger than x_0, is the
+precision of the first quantum q0.  The rounding of step k shifts x_N by its quantum / sqrt(12) times what the
 velocity sums to after it, so the forward's *rounding* relative to the largest ``|x_0|`` of the run is
 
     q0 / sqrt(12) * sqrt(sum_k (P_k + ... + P_N)^2),    P_k = decay_1 ... decay_k,
@@ -63,7 +63,9 @@ _ROUNDINGS = 4
 """What a step does to the state: a product, two sums, a difference or quotient."""
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-ONE_UP = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_HALF = (torch.float32, torch.float64)
+FINER = {torch.float32: (torch.float64,), torch.bfloat16: _HALF, torch.float16: _HALF}
+"""In which finer dtypes a state may be carried, the first one first."""
 FINEST = {torch.float64: 44, torch.float32: 17}
 """x's quantum is never finer than 2 to the minus this, relative to x_0: what is left is headroom."""
 
@@ -95,18 +97,20 @@ class Run:
     grid: float
     margin: Margin
     product: float = 1.0
+    reach: float = 1.0
     steps: int = 1
     total: float = 1.0
     sums: float = 0.0
     squares: float = 0.0
 
-    def after(self, decay: float) -> Run:
-        """The run with one step more."""
+    def after(self, least: float, most: float) -> Run:
+        """The run with one step more, of which at least and at most that much of the velocity survives."""
         return replace(
             self,
-            product=self.product * decay,
+            product=self.product * least,
+            reach=self.reach * most,
             steps=self.steps + 1,
-            total=self.total + self.product * decay,
+            total=self.total + self.reach * most,
             sums=self.sums + self.total,
             squares=self.squares + self.total**2,
         )

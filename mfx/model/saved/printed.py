@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from mfx.options import make_options
+from mfx.options import gamma_of, make_options
 
 
 def described(side: Any) -> Iterator[str]:
@@ -14,7 +14,10 @@ def described(side: Any) -> Iterator[str]:
     if side is None or side.chains is None:
         return
     for chain in side.chains:
-        gammas = list(dict.fromkeys(str(side.options.gamma_of(name)) for name in chain))
+        learned = callable(side.options.gamma)
+        gammas = (
+            ["learned"] if learned else list(dict.fromkeys(str(gamma_of(side.options.gamma, name)) for name in chain))
+        )
         shown = gammas[0] if len(gammas) == 1 else f"{gammas[0]} to {gammas[-1]}"
         blocks = f"1 block ({chain[0]})" if len(chain) == 1 else f"{len(chain)} blocks ({chain[0]} to {chain[-1]})"
         yield f"momentum: {blocks}, gamma={shown}"
@@ -26,7 +29,11 @@ def described(side: Any) -> Iterator[str]:
 def _unusual(options: Any) -> Iterator[tuple[str, Any]]:
     """The options, but for gamma and how the model is captured, that differ from their defaults."""
     for name, one in inspect.signature(make_options).parameters.items():
-        value, usual = getattr(options, name), one.default
-        same = value is usual or (isinstance(value, (str, int, float, tuple)) and (value or None) == (usual or None))
+        value, usual = getattr(options, name, None), one.default
+        same = (
+            value is None
+            or value is usual
+            or (isinstance(value, (str, int, float, tuple)) and (value or None) == (usual or None))
+        )
         if name not in ("gamma", "capture") and not same:
             yield name, value

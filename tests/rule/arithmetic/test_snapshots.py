@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mfx
 from mfx.model.conversion import momentum_of
 from mfx.rule import Momentum, Schedule, schedule
-from mfx.rule.precision import default_tolerance
+from mfx.rule.arithmetic.precision import default_tolerance
 from mfx.run.tape import observing
 from mfx.torch_versions import has_float64
 

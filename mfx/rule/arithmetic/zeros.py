@@ -8,7 +8,7 @@ An element that is 0 at the start of a run stays so until a branch moves it, and
 one byte an element tells them all: for how many steps it was 0.  On the CPU it is kept only if there are such elements.
 
 Known limits: zeros that come about later, and ties of other values than 0, are not seen; exact arithmetic
-(:mod:`mfx.rule.carry`) keeps all of them.  More than 255 steps are not counted.
+(:mod:`mfx.rule.arithmetic.carry`) keeps all of them.  More than 255 steps are not counted.
 """
 
 from __future__ import annotations
