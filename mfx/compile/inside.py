@@ -141,8 +141,8 @@ def _enter(context: Any) -> None:
             f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "
             "of the compiled function, where its graph cannot be rewritten: call it outside of that operation"
         )
-    if output.export and momentum.velocities(root):
-        raise CompileError(f"{name} has learned velocities, and is exported with strict=False only")
+    if output.export and any(momentum.added(root).values()):
+        raise CompileError(f"{name} has learned velocities or gammas, and is exported with strict=False only")
     regions = output.__dict__.get(_REGIONS)
     if regions is None:
         regions = output.__dict__[_REGIONS] = _Regions()
