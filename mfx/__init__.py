@@ -19,7 +19,9 @@ from mfx.errors import (
     PlanChangedError,
     Reason,
     ShapeError,
+    StaleGammaWarning,
 )
+from mfx.integrations import from_pretrained
 from mfx.memory import kept_bytes
 from mfx.model import Chain, GammaSchedule, chains, drift, graph_of, momentumize, set_gamma
 from mfx.momentumnet import MomentumNet, transform_to_momentumnet
@@ -57,12 +59,14 @@ __all__ = [
     "Report",
     "Rule",
     "ShapeError",
+    "StaleGammaWarning",
     "Verification",
     "__version__",
     "backend",
     "chains",
     "drift",
     "fit",
+    "from_pretrained",
     "graph_of",
     "kept_bytes",
     "momentumize",

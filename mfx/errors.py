@@ -62,6 +62,10 @@ class HookWarning(MfxWarning):
     """Forward hooks of modules that the capture entered will not run."""
 
 
+class StaleGammaWarning(MfxWarning):
+    """A copy of a momentumized model has a gamma that the model itself no longer has."""
+
+
 class CheckpointingWarning(MfxWarning):
     """A model asks for checkpointing of blocks that a chain recomputes anyway."""
 

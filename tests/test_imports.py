@@ -23,7 +23,7 @@ ROWS = (
     {"pipeline"},
     {"compile"},
     {"model"},
-    {"momentumnet", "view"},
+    {"integrations", "momentumnet", "view"},
     {"cli", "__init__"},
     {"__main__"},
 )

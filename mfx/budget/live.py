@@ -2,8 +2,8 @@
 
 1. A dispatch mode sees what each operation gives; a storage that it has not seen before is born there.
 2. A weak reference tells when the storage dies.
-3. ``peak`` is the most bytes alive at once, ``where`` what ran then; what is set aside (gradients, as they are done)
-   no longer counts there, but does in ``peak_with_aside``.
+3. ``peak`` is the most bytes alive at once, ``where`` what ran then, ``course`` the bytes after each operation; what is
+   set aside (gradients, as they are done) no longer counts there, but does in ``peak_with_aside``.
 
 Storages from before the run (parameters, inputs, gradients that exist) are not counted.
 
@@ -49,6 +49,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.peak_with_aside = 0
         self.where = ""
+        self.course: list[int] = []
         self._ask = where
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._aside: set[int] = set()
@@ -89,6 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
 
     def _mark(self, now: int, func: Any) -> None:
+        self.course.append(now)
         self.peak_with_aside = max(self.peak_with_aside, now + self.aside)
         if now > self.peak:
             self.peak = now

@@ -25,11 +25,19 @@ from mfx.torch_versions import current_node, pytree
 
 
 @dataclass(frozen=True)
+class Course:
+    """The bytes alive after each operation of a step, of which the first ``forward`` are those of the forward."""
+
+    bytes: tuple[int, ...]
+    forward: int
+
+
+@dataclass(frozen=True)
 class Peak:
     """Bytes alive ``after_forward`` and at most; ``where`` what stood there.
 
     ``with_gradients`` is the most with the gradients that the step has made by then, ``left`` what is alive after
-    backward beside these: the outputs.
+    backward beside these: the outputs; ``course`` is how it came about.
     """
 
     after_forward: int
@@ -37,6 +45,7 @@ class Peak:
     where: str
     with_gradients: int = 0
     left: int = 0
+    course: Course | None = None
 
 
 def peak_of(graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], rewritten: bool = False) -> Peak:
@@ -51,7 +60,7 @@ def peak_of(graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], rewritten: 
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(functools.partial(_set_aside, live))
             output = run.run(*([root] if rewritten else []), *fake.tensors)
-            forward = live.now
+            forward, operations = live.now, len(live.course)
             run.at = None
             ends = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             losses = [end for end in ends if end.dim() == 0] or [(end * 1).sum() for end in ends]
@@ -59,7 +68,8 @@ def peak_of(graph: fx.Graph, root: nn.Module, inputs: Sequence[Any], rewritten: 
                 torch.autograd.backward(losses)
             left = live.now
         del output, ends
-    return Peak(forward, live.peak, live.where, live.peak_with_aside, left)
+    course = Course(tuple(live.course), operations)
+    return Peak(forward, live.peak, live.where, live.peak_with_aside, left, course)
 
 
 def _set_aside(live: LiveBytes, leaf: Tensor) -> None:

@@ -8,6 +8,7 @@
 3. A call runs the bytecode that Dynamo wrote around the graph: it reads the inputs, calls the (rewritten) graph,
    rebuilds the output and repeats side effects, such as the filling of a cache.
 4. Dynamo's own guards say for which calls and settings a capture holds.
+5. Within ``torch.export`` it stands aside of what is recorded (:mod:`mfx.capture.exported`).
 
 Attention's inference fast path is off meanwhile: it swallows whole layers, adds and all, only where gradients are off.
 
@@ -31,6 +32,7 @@ import torch
 from torch import fx, nn
 
 from mfx.capture.call import Call, Run
+from mfx.capture.exported import Sizes, beside_export, is_exporting
 from mfx.capture.frozen import generators_kept
 from mfx.capture.lifted import mark, note_modes, note_shape
 from mfx.capture.named import recording
@@ -69,6 +71,7 @@ class DynamoCapture:
     calls: Mapping[str, int] = field(default_factory=dict)
     hooked: tuple[str, ...] = ()
     sizes: Mapping[fx.Node, int] = field(default_factory=dict)
+    taken_for_granted: Sizes | None = None
 
     def holds(self, root: nn.Module, call: Call) -> bool:
         """Whether the capture is one of this call, in the modes and settings of now."""
@@ -77,7 +80,13 @@ class DynamoCapture:
 
     def call(self, root: nn.Module, call: Call, run: Run) -> Any:
         """The model's output, where ``run(root, *inputs)`` computes the graph."""
-        self.running.append(lambda *values: run(root, *(values[index] for index in self.taken)))
+
+        def taking(*values: Any) -> Any:
+            if self.taken_for_granted is not None:
+                self.taken_for_granted.require(values)
+            return run(root, *(values[index] for index in self.taken))
+
+        self.running.append(taking)
         try:
             return self.replay(root, *call.args, **call.kwargs)
         finally:
@@ -105,6 +114,12 @@ class _Inputs(Exception):
 
 
 def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str]) -> DynamoCapture:
+    """Capture ``forward(root, ...)``; see :func:`_captured`."""
+    with beside_export(call) as stand_in:
+        return _captured(root, forward, stand_in, named)
+
+
+def _captured(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str]) -> DynamoCapture:
     """Capture ``forward(root, ...)``.
 
     Args:
@@ -139,6 +154,8 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
         except Exception as error:
             raise _explain(error, root) from error
     gm = output.backend_input.graph_module
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    granted = Sizes.of(placeholders, output.graph_capture_output.output_graph.shape_env) if is_exporting() else None
     kinds, calls = _mark(gm, output, root, frame)
     graph, taken = _relative(gm, kinds)
     drop_dead(graph, root)
@@ -147,7 +164,7 @@ def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int
     # Dynamo's bytecode runs with globals of its own; in torch 2.11 they lack the builtins it refers to.
     scope = {**vars(builtins), **output.graph_capture_output.f_globals}
     replay = output.forward_callable(compiled_fn=lambda *values: running[-1](*values), extra_globals=scope)
-    return DynamoCapture(graph, taken, forward, manager, replay, running, calls)
+    return DynamoCapture(graph, taken, forward, manager, replay, running, calls, taken_for_granted=granted)
 
 
 def _frame(root: nn.Module, forward: Any, call: Call) -> Any:

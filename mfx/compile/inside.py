@@ -3,6 +3,7 @@
 1. While Dynamo traces an outer function, the generated forward lets it trace the model's *own* forward, between two
    hooks (:func:`traced`).  The first puts itself in front of the backend, the second marks the nodes that were
    added in between: the model's *region* of the outer graph.
+   ``torch.export`` with ``strict=True`` comes this way, too, and gets one graph with the chains in it.
 2. When Dynamo hands the graph over, each region becomes a graph of its own, is rewritten with the model's options
    (:mod:`mfx.pipeline`) and takes its old place.  Its chains must be those that the model has outside of a compiler.
    What lies between chains is compiled by the backend (:mod:`mfx.compile.pieces`).
@@ -12,8 +13,8 @@
 Nothing here looks at how the model was captured for eager use.
 
 Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
-Known limits: no ``torch.export``, no momentumized model inside another or inside a higher-order
-operation (``torch.utils.checkpoint``).
+Known limits: no momentumized model inside another or inside a higher-order operation (``torch.utils.checkpoint``); in
+``torch.export(strict=True)`` no learned velocities.
 """
 
 from __future__ import annotations
@@ -140,12 +141,12 @@ def _enter(context: Any) -> None:
             f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "
             "of the compiled function, where its graph cannot be rewritten: call it outside of that operation"
         )
-    if output.export:
-        raise CompileError(f"{name} is momentumized and cannot be exported: export the original model")
+    if output.export and any(momentum.added(root).values()):
+        raise CompileError(f"{name} has learned velocities or gammas, and is exported with strict=False only")
     regions = output.__dict__.get(_REGIONS)
     if regions is None:
         regions = output.__dict__[_REGIONS] = _Regions()
-        output.compiler_fn = _in_front_of(output.compiler_fn, regions)
+        output.compiler_fn = _in_front_of(output.compiler_fn, regions, output.export)
     if regions.open is not None:
         raise CompileError(
             f"{name} is momentumized and part of {type(regions.open.root).__name__}, which is too: "
@@ -202,7 +203,7 @@ def _broken(name: str) -> CompileError:
     )
 
 
-def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..., Any]:
+def _in_front_of(compiler: Callable[..., Any], regions: _Regions, export: bool) -> Callable[..., Any]:
     """The backend with the pass in front."""
 
     def compile_rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +214,7 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
         placeholders = gm.graph.find_nodes(op="placeholder")
         kinds = [kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
         # What only looks on is shown one graph; inside of transforms chains store, and are compiled as all else.
-        whole = only_explains(compiler) or has_transforms(gm.graph)
+        whole = export or only_explains(compiler) or has_transforms(gm.graph)
         branches = AS_THEY_ARE if whole else Branches.by(compiler, is_dynamic(example_inputs))
         for number, region in enumerate(regions.closed):
             gm = _rewritten(gm, kinds, number, region, branches)
@@ -221,6 +222,7 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions) -> Callable[..
         for name, value in handed.__dict__.items():
             if not name.startswith("_") and name not in gm.__dict__:
                 setattr(gm, name, value)
+        gm.meta.update(handed.meta)
         return compiler(gm, example_inputs, *args, **kwargs) if whole else in_pieces(gm, branches)
 
     compile_rewritten.__name__ = getattr(compiler, "__name__", "backend")

@@ -17,6 +17,7 @@ from mfx.model.inner import guard_below
 from mfx.model.outlook import Outlook, outlooks
 from mfx.model.owners import guarded_methods, with_shells
 from mfx.model.parts import parts_of
+from mfx.model.saved import EXAMPLE, form_of, saving_methods
 from mfx.model.state import Momentum
 from mfx.options import Budget, Gamma, Options, Patterns, RuleName, Velocity, make_options
 
@@ -116,6 +117,8 @@ def momentumize(
     require_inputs(options, example_inputs)
     found = outlooks(model, replace(options, activation_budget=None), example_inputs)
     mm = _made_of(model, found, options.activation_budget, example_inputs)
+    if example_inputs is not None and saving_methods(type(model)):
+        mm.__dict__[EXAMPLE] = form_of(example_inputs)
     _warn_if_nothing(found, type(model).__name__)
     for part in parts_of(mm).values():
         if isinstance(part, Momentum):

@@ -11,13 +11,14 @@ import functools
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mfx.capture.dynamo import capturing
 from mfx.capture.tracer import is_followed
 from mfx.compile.inside import traced, traced_within
-from mfx.errors import EntryError, InputTypeError
+from mfx.errors import EntryError, InputTypeError, PlanChangedError
 from mfx.graph.notes import STATE
+from mfx.model.saved import described, saving_methods
 from mfx.model.state import Momentum
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,13 +80,18 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         state.pop(_COMPILED, None)
         return _rebuild, (original, method, guarded), state
 
+    def extra_repr(self: nn.Module) -> str:
+        return "\n".join(filter(None, (original.extra_repr(self), *described(self.__dict__.get(STATE)))))
+
     def restore(self: nn.Module, state: Any) -> None:
         original.__setstate__(self, state)
         if STATE in self.__dict__:
             self.__dict__[STATE].holders.add(self)
 
     namespace = {
+        **(_OF_A_GRAPH if issubclass(original, fx.GraphModule) else saving_methods(original)),
         "__prepare_scriptable__": _refuse_script,
+        "extra_repr": extra_repr,
         **{name: _guard(original, name) for name in guarded},
         method: run,
         "__reduce_ex__": reduce,
@@ -95,6 +101,34 @@ def _momentum_class(original: type[nn.Module], method: str, guarded: tuple[str, 
         "__doc__": original.__doc__,
     }
     return type(original.__name__, (original,), namespace)
+
+
+def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy that is momentumized, too; a GraphModule's own would be one of the graph, the plain network."""
+    twin = memo[id(self)] = nn.Module.__new__(type(self))
+    twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+    twin.__dict__[STATE].holders.add(twin)
+    return twin
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    """The same for ``copy.copy``."""
+    twin = nn.Module.__new__(type(self))
+    twin.__dict__.update(self.__dict__)
+    twin.__dict__[STATE].holders.add(twin)
+    return twin
+
+
+def _refuse_graph(self: nn.Module) -> Any:
+    """What a GraphModule calls when it gets another graph."""
+    raise PlanChangedError(
+        f"this {type(self).__name__} is momentumized, and got another graph: momentumize the original with that graph. "
+        "A feature extractor of torchvision has one for each mode: momentumize it in the mode that it will be used in"
+    )
+
+
+_OF_A_GRAPH = {"__deepcopy__": _deep_copy, "__copy__": _copy, "recompile": _refuse_graph}
+"""Methods of a momentumized fx.GraphModule, whose own would make the plain network of its graph."""
 
 
 def _refuse_script(self: nn.Module) -> Any:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from collections.abc import Iterator
-from typing import Protocol
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+from weakref import ref
 
-from torch import nn
+from torch import fx, nn
 
-from mfx.errors import InputTypeError, OptionError, PlanChangedError
+from mfx.errors import CaptureError, HookWarning, InputTypeError, OptionError, PlanChangedError, StaleGammaWarning
 from mfx.graph.notes import ADDED, GUARD, STATE
 from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import Place
@@ -67,6 +69,57 @@ def refuse_replica(module: nn.Module) -> None:
         )
 
 
+def refuse_tracing(module: nn.Module, leaves: Iterable[Any]) -> None:
+    """Raise for a call with symbolic values, which ``torch.fx.symbolic_trace`` makes."""
+    if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+        raise CaptureError(
+            f"{type(module).__name__} is momentumized and cannot be traced symbolically: take mfx.graph_of(mm). What "
+            "is made by tracing (a feature extractor, a quantized model) has to be made of the original, and then be "
+            "momentumized"
+        )
+
+
+def warn_of_hooks(original: type[nn.Module], paths: Sequence[str], stacklevel: int) -> None:
+    """Tell that the hooks of the modules at ``paths`` do not run."""
+    warnings.warn(
+        f"forward or backward hooks on {', '.join(paths)} will not run: their modules are part of the captured graph "
+        f"of {original.__name__}. Hooks on the model itself and on modules taken whole do run",
+        HookWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+class Origin:
+    """The momentum side that another one is a copy of.
+
+    A copy has the gamma of when it was made, and from then on its own: averaged weights (EMA) of a model whose gamma
+    moves would be those of another network, if nobody moved the copy's.
+    """
+
+    def __init__(self, side: Any) -> None:
+        self._side = ref(side)
+        self._gamma = side.options.gamma
+
+    def compare(self, copy: Any) -> None:
+        """Tell, once, that the copy still has the first gamma, and the model that it is of another."""
+        side = self._side()
+        if side is None or _same(side.options.gamma, self._gamma) or not _same(copy.options.gamma, self._gamma):
+            return
+        warnings.warn(
+            f"this copy of {copy.original.__name__} has gamma={self._gamma!r}, as when it was made, and the model it "
+            f"was copied of has gamma={side.options.gamma!r} now. Averaged weights (EMA) belong to the gamma of their "
+            "model: call mfx.set_gamma(copy, gamma) as well",
+            StaleGammaWarning,
+            stacklevel=4,
+        )
+        copy.origin = None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two gammas are the same; of tensors, whether they are the same objects."""
+    return one is other or (isinstance(one, (float, tuple)) and type(one) is type(other) and one == other)
+
+
 def is_guarded(module: nn.Module) -> bool:
     """Whether a module has a guard (:mod:`mfx.model.inner.guard`), by its class or by one that this was made of."""
     return hasattr(type(module), GUARD)
@@ -112,7 +165,9 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
     parts = parts_of(mm)
     for part in parts.values():
         refuse_gamma(part.options)
-    left_out = [name for path, part in parts.items() for name in _full(path, part) if gamma_of(checked, name) is None]
+    left_out = [
+        name for path, part in parts.items() for name in full_names(path, part) if gamma_of(checked, name) is None
+    ]
     if left_out:
         raise OptionError(
             f"gamma={gamma!r} gives no value to blocks {sorted(left_out)}, which are rewritten: add a pattern for them"
@@ -129,14 +184,14 @@ def _base(path: str, part: Part) -> str:
     return path.removesuffix(prefix)
 
 
-def _full(path: str, part: Part) -> list[str]:
+def full_names(path: str, part: Part) -> list[str]:
     """The names of a part's blocks in the whole model."""
     return [f"{_base(path, part)}{name}" for name in part.blocks()]
 
 
 def _within(path: str, part: Part, gamma: tuple[tuple[str, float], ...]) -> dict[str, float]:
     """What a mapping over the names in the whole model says about the blocks of one part."""
-    values = (gamma_of(gamma, name) for name in _full(path, part))
+    values = (gamma_of(gamma, name) for name in full_names(path, part))
     return {glob.escape(name): value for name, value in zip(part.blocks(), values, strict=True) if value is not None}
 
 

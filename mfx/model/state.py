@@ -10,23 +10,30 @@ Known limits: forward hooks on modules that the capture entered do not run (a wa
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
-from torch import fx, nn
+from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules, prove
 from mfx.capture.call import Form, refuse_strided
+from mfx.capture.exported import is_exporting
 from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
 from mfx.capture.tracer import following
 from mfx.compile.live import Live, new_token
-from mfx.errors import CaptureError, HookWarning, MfxError
+from mfx.errors import CaptureError, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replaced, refuse_replica, without_added
+from mfx.model.parts import (
+    Origin,
+    refuse_replaced,
+    refuse_replica,
+    refuse_tracing,
+    warn_of_hooks,
+    without_added,
+)
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
@@ -56,7 +63,7 @@ class Momentum:
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token``, ``stamp`` and ``compiled`` are those of :class:`mfx.compile.live.Traceable`; ``holders`` are the modules
-    that have it.
+    that have it; ``origin`` is what it was copied of.
     """
 
     def __init__(
@@ -77,9 +84,10 @@ class Momentum:
         self.token, self.stamp = new_token(), ""
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
+        self.origin: Origin | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None, "compiled": None}
+        return {**self.__dict__, "entries": [], "decisive": set(), "holders": None, "compiled": None, "origin": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, token=new_token(), compiled=WeakSet(), holders=WeakSet())
@@ -87,7 +95,7 @@ class Momentum:
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options, self.place, self.method)
         twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
-        twin.chains, twin.places = self.chains, self.places
+        twin.chains, twin.places, twin.origin = self.chains, self.places, Origin(self)
         return twin
 
     @property
@@ -151,9 +159,9 @@ class Momentum:
             self.recorded.append(call)
             with following(self):
                 return self.function(root, *args, **kwargs)
-        if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
-            who = f"{self.original.__name__} is momentumized and"
-            raise CaptureError(f"{who} cannot be traced symbolically: take mfx.graph_of(mm)")
+        refuse_tracing(root, call.leaves)
+        if self.origin is not None:
+            self.origin.compare(self)
         with switched_off(root):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)
@@ -165,13 +173,7 @@ class Momentum:
         hooked = [path for path in paths if path not in self.hooked]
         if hooked:
             self.hooked.update(hooked)
-            warnings.warn(
-                f"forward or backward hooks on {', '.join(hooked)} will not run: their modules are part of the "
-                f"captured graph of {self.original.__name__}. Hooks on the model itself and on modules taken whole "
-                "do run",
-                HookWarning,
-                stacklevel=stacklevel + 1,
-            )
+            warn_of_hooks(self.original, hooked, stacklevel + 1)
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
@@ -273,22 +275,23 @@ class Momentum:
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
         captured = capture_dynamo(root, self.function, call, named_modules(root, self.options, self.place.prefix))
-        return self._add(Entry(captured, self._passed(root, captured), proven=True))
+        return self._add(Entry(captured, self._passed(root, captured), proven=True), keep=not is_exporting())
 
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:
         return momentumize_graph(captured.graph, root, self.options, ByRoot(), place=self.place, before=self.places)
 
     def _budgeted(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
         """The entry used last, planned for ``call`` if a budget is asked for and it has no plan yet."""
-        if self.options.activation_budget is None or entry.passed.plan.forecast is not None:
+        if self.options.activation_budget is None or entry.passed.plan.forecast is not None or is_exporting():
             return entry
         planned = replace(entry, passed=entry.passed.within(root, entry.captured.inputs(root, call)))
         self.entries[-1] = planned
         return planned
 
-    def _add(self, entry: Entry) -> Entry:
+    def _add(self, entry: Entry, keep: bool = True) -> Entry:
         self._same_chains(entry)
-        self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
+        if keep:
+            self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
         return entry
 
     def _same_chains(self, entry: Entry) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfx.graph.notes import GIVEN, calling_whole
-from mfx.rewrite.compiled import function_of
+from mfx.rewrite.compiled import function_of, in_traces
 from mfx.rewrite.regional import as_asked
 from mfx.rewrite.switches import all_left, has_switches
 from mfx.rule import StepSpec
@@ -29,12 +29,13 @@ def chain_function(
     """
 
     def momentum(root: nn.Module, x: Any, velocity: Any, *operands: Any, gammas: Any = None, plan: str = "") -> Any:
-        return run(as_asked(spec, root), root, x, velocity, *operands, gammas=gammas)
+        return traced(as_asked(spec, root), root, x, velocity, *operands, gammas=gammas)
 
     def momentum_of_tensors(x: Any, velocity: Any, *operands: Any, gammas: Any = None) -> Any:
         assert bound is not None
-        return run(now(spec), bound, x, velocity, *operands, gammas=gammas)
+        return traced(now(spec), bound, x, velocity, *operands, gammas=gammas)
 
+    traced = in_traces(f"mfx {spec.name}", run)
     function = momentum if bound is None else momentum_of_tensors
     function.__name__ = function.__qualname__ = spec.name
     function.__module__ = "mfx"

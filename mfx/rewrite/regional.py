@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mfx.errors import CompileError
-from mfx.rewrite.compiled import Branches
+from mfx.rewrite.compiled import Branches, in_traces
 from mfx.rule import StepSpec
 from mfx.run import ChainSpec
 from mfx.run.operands import modules_of
@@ -59,7 +59,8 @@ def _compiled(step: StepSpec, way: Any) -> StepSpec:
     if way is None or step.graph is None:
         return step
     branches = Branches(lambda function: compiled_like(way, function), way)
-    branch, again = (branches(step.graph, copied) for copied in ((), step.moved))
+    branch = in_traces(f"mfx {step.name}", branches(step.graph))
+    again = in_traces(f"mfx {step.name} again", branches(step.graph, step.moved))
     return replace(step, branch=branch, again=again, compiled=True)
 
 

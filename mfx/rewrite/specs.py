@@ -20,7 +20,7 @@ from mfx.graph.resources import moves_statistics, running_statistics
 from mfx.graph.sums import Add
 from mfx.plan import Chain
 from mfx.rewrite.code import compile_graph
-from mfx.rewrite.compiled import Branches
+from mfx.rewrite.compiled import Branches, in_traces
 from mfx.rewrite.switches import Switches, has_switches
 from mfx.rule import Momentum, Rule, StepSpec
 from mfx.rule.arithmetic.carry import EAGER
@@ -90,8 +90,15 @@ def _step(
         branch_first=block.branch_first,
         escapes=len(block.escapes),
         home=block.output.meta[SCOPE].path if SCOPE in block.output.meta else "",
-        **_functions(block, flow, moved, branches),
+        **_traced(block.name, _functions(block, flow, moved, branches)),
     )
+
+
+def _traced(name: str, functions: dict[str, Any]) -> dict[str, Any]:
+    """The branch's functions by the block's name in the traces of a profiler."""
+    branch, again = functions["branch"], functions["again"]
+    named = {"branch": in_traces(f"mfx {name}", branch), "again": in_traces(f"mfx {name} again", again)}
+    return {**functions, **named}
 
 
 def _functions(block: Block, flow: Dataflow, moved: set[fx.Node], branches: Branches | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from mfx.budget.owned import Owned, bytes_of, owned_by
+from mfx.budget.step import Course
 from mfx.find import Block, Found, Rejection
 from mfx.graph.notes import SHAPE, STREAMS
 from mfx.graph.shapes import Fake, propagate_shapes
@@ -105,7 +106,17 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     step = None if owned is None else _step(found, seen, owned)
     options = next(iter(found.values())).momentum.options
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout)
+    courses = _courses(seen)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout, courses)
+
+
+def _courses(seen: list[_Seen]) -> dict[str, Course]:
+    """How the bytes of a step go up and down, of the part that needs most."""
+    most = max((one.peaks for one in seen if one.peaks is not None), key=lambda peaks: peaks.ours.bytes, default=None)
+    if most is None:
+        return {}
+    found = {"plain backprop": most.plain and most.plain.course, "momentum": most.ours.course}
+    return {name: course for name, course in found.items() if course is not None}
 
 
 def _step(found: Mapping[str, Outlook], seen: list[_Seen], owned: Owned) -> StepMemory:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 from tabulate import tabulate
 
+from mfx.budget.step import Course
 from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
+from mfx.view.lines import chain_lines, forecast_lines
+from mfx.view.pictures import drawn_blocks, drawn_step, fragment, saved
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Report:
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
     ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
+    ``courses`` are the bytes alive along a step, of plain backprop and of momentum.
     """
 
     model: str
@@ -143,6 +148,7 @@ class Report:
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
     readout: str = "x"
+    courses: dict[str, Course] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rewritable(self) -> list[str]:
@@ -169,6 +175,32 @@ class Report:
         """The block graph: a node for each row, an edge where a block's value reaches the next one."""
         return self._graph.copy()
 
+    def draw(self) -> Any:
+        """A matplotlib figure: the blocks with their chains, their bytes, and why others are kept.
+
+        Example:
+            >>> import torchvision, mfx
+            >>> found = mfx.report(torchvision.models.resnet18(weights=None))
+            >>> found.draw().get_suptitle()
+            'ResNet: 5 of 8 residual adds become momentum steps'
+        """
+        return drawn_blocks(self)
+
+    def draw_step(self) -> Any:
+        """A matplotlib figure: the bytes alive along one training step, plain backprop beside momentum.
+
+        Raises:
+            OptionError: the report was made without example inputs.
+        """
+        return drawn_step(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as a page (.html, with the pictures), a picture of the blocks (.svg, .png), or .json."""
+        saved(self, path)
+
+    def _repr_html_(self) -> str:
+        return fragment([_cells(row) for row in self.blocks], [row.chain for row in self.blocks], [*self._summary()])
+
     def __str__(self) -> str:
         if not self.blocks and self.forecast is None and self.step is None:
             return f"{self.model}: no residual add was found, nothing to rewrite"
@@ -186,7 +218,7 @@ class Report:
         if whole:
             yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
-            yield from _chain_lines(chain)
+            yield from chain_lines(chain)
         yield from _lag_lines(self.chains, self.readout)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
@@ -198,7 +230,7 @@ class Report:
             for row in self.segments
         )
         if self.forecast is not None:
-            yield from _forecast_lines(self.forecast)
+            yield from forecast_lines(self.forecast)
         if self.step is not None:
             if self.forecast is None and self.step.where:
                 yield f"most is alive at: {self.step.where}"
@@ -213,12 +245,6 @@ def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
         how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
         blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
         yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
-
-
-def _forecast_lines(found: Forecast) -> Iterator[str]:
-    peak, plain, least = map(format_bytes, (found.peak, found.plain, found.least))
-    yield f"activations of a training step at most: {peak}, of plain backprop {plain}; the least possible is {least}"
-    yield f"most is alive at: {found.where}"
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -236,45 +262,6 @@ def _cells(row: Row) -> dict[str, object]:
         cells["backward"] = row.treatment
     cells["why kept"] = row.reason
     return cells
-
-
-def _chain_lines(chain: ChainRow) -> Iterator[str]:
-    if len(chain.gammas) == 1 and chain.gammas[0] != 0:
-        factor = f"{chain.pull:.3g}"
-        yield f"chain {chain.index} has one block, so it is x + {factor} f(x) and has no momentum"
-    if chain.stored:
-        yield f"{_head(chain)}; as momentum, activations are stored as well ({chain.stored})"
-        return
-    if chain.state_bytes is not None and chain.snapshots is not None:
-        count = len(chain.snapshots)
-        snapshots = f", {count} snapshots, {chain.interval} steps apart at most" if count else ""
-        drift = f"drift up to {chain.drift:.0e}" if chain.drift else "no drift"
-        line = (
-            f"{_head(chain)}, as momentum {format_bytes(chain.state_bytes)} "
-            f"(state in {chain.state_dtype}{snapshots}, {drift})"
-        )
-        late = f"; it does not pay before {chain.break_even} such blocks: exclude them to save time"
-        yield line if chain.pays else line + late
-        yield from _advice_lines(chain)
-
-
-def _advice_lines(chain: ChainRow) -> Iterator[str]:
-    """Where something else would do better than to reverse a chain."""
-    if chain.advice == "keep" and chain.free:
-        yield (
-            f"chain {chain.index}: nothing at all does better: kept, the activations leave the peak where it is and "
-            f"save {chain.work or 0:.1e} FLOPs of recomputation (activation_budget= keeps what fits)"
-        )
-    if chain.advice == "checkpoint":
-        yield (
-            f"chain {chain.index}: a checkpoint around each block does better: it keeps "
-            f"{format_bytes(chain.checkpoint_bytes or 0)} and inverts nothing (gamma=0 for these blocks)"
-        )
-
-
-def _head(chain: ChainRow) -> str:
-    size = "" if chain.activation_bytes is None else f" {format_bytes(chain.activation_bytes)}"
-    return f"chain {chain.index}: {len(chain.blocks)} blocks keep{size or ' their activations'}"
 
 
 def _jsonable(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mfx.model.checkpointing import switched_off
 from mfx.model.generated import copied
 from mfx.model.inner.guard import Guard, with_guard
 from mfx.model.parts import guarded_in
+from mfx.model.saved import saving
 from mfx.model.state import Momentum
 
 
@@ -73,7 +74,9 @@ def guarded_shell(module: nn.Module, outer: bool, guards: Mapping[int, Guard]) -
     """``module`` with its guard, if it has one; with its own tables, if it is an ``outer`` one."""
     mm = copied(module) if outer else module
     guard = guards.get(id(module))
-    return mm if guard is None else with_guard(mm, guard)
+    if guard is None:
+        return saving(mm) if outer else mm
+    return with_guard(mm, guard)
 
 
 def note_guards(mm: nn.Module) -> None:
