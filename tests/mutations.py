@@ -42,6 +42,23 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Sharding
+    Mutation("sharded parameters are operands", "run/operands.py",
+             "if units is not None and units.hold(module, name):", "if False:",
+             first="tests/test_sharding.py"),
+    Mutation("sharded parameters are changed unseen", "sharding.py",
+             "if _versions(self.parameters) != self.versions:", "if False:",
+             first="tests/test_sharding.py"),
+    Mutation("a module that runs twice in a backward is gathered once", "torch_versions.py",
+             "state._training_state = type(state._training_state).IDLE", "pass",
+             first="tests/test_sharding.py"),
+    Mutation("a backward for some gradients accumulates those of units", "run/reversible.py",
+             "ctx.needs_input_grad[7] and will_run(ANCHOR)", "ctx.needs_input_grad[7]",
+             first="tests/test_sharding.py"),
+    Mutation("sharded afterwards, several adds are one step in silence", "model/foreign/around.py",
+             "            for path in parted:\n                _refuse",
+             "            for path in []:\n                _refuse",
+             first="tests/model/foreign"),
     # Compiled branches
     Mutation("what runs again moves running statistics", "rewrite/specs.py",
              '"again": branches(graph, copied)', '"again": branches(graph)',

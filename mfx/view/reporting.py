@@ -118,7 +118,8 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     step = None if owned is None else _step(found, seen, owned)
     options = next(iter(found.values())).momentum.options
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout)
+    sharded = tuple(pair for outlook in found.values() for pair in outlook.momentum.sharded.items())
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout, sharded)
 
 
 def _step(found: Mapping[str, Outlook], seen: list[_Seen], owned: Owned) -> StepMemory:

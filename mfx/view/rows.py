@@ -131,6 +131,8 @@ class Report:
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
     ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
+    ``sharded`` are the modules that are one step because torch.distributed runs code around their calls (fully_shard),
+    each with the number of residual blocks in it.
     """
 
     model: str
@@ -143,6 +145,7 @@ class Report:
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
     readout: str = "x"
+    sharded: tuple[tuple[str, int], ...] = ()
 
     @property
     def rewritable(self) -> list[str]:
@@ -162,6 +165,7 @@ class Report:
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "step": None if self.step is None else asdict(self.step),
             "readout": self.readout,
+            "sharded": dict(self.sharded),
             "sums": [_jsonable(asdict(row)) for row in self.sums],
         }
 
@@ -188,6 +192,7 @@ class Report:
         for chain in self.chains:
             yield from _chain_lines(chain)
         yield from _lag_lines(self.chains, self.readout)
+        yield from _sharded_lines(self.sharded)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
             share = f" ({after / before:.0%})" if before else ""
@@ -213,6 +218,17 @@ def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
         how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
         blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
         yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
+
+
+def _sharded_lines(sharded: tuple[tuple[str, int], ...]) -> Iterator[str]:
+    """Which modules are one step instead of several, since they are sharded."""
+    for count in sorted({count for _, count in sharded if count > 1}):
+        names = [name for name, number in sharded if number == count]
+        shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
+        yield (
+            f"sharded, and so taken whole: {shown}. The {count} residual blocks in each are one step, "
+            "another function than without sharding where gamma is not 0 (modules= gives the same)"
+        )
 
 
 def _forecast_lines(found: Forecast) -> Iterator[str]:
