@@ -227,7 +227,7 @@ def _sharded_lines(sharded: tuple[tuple[str, int], ...]) -> Iterator[str]:
         shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
         yield (
             f"sharded, and so taken whole: {shown}. The {count} residual blocks in each are one step, "
-            "another function than without sharding where gamma is not 0 (modules= gives the same)"
+            "another function than unsharded where gamma is not 0 (granularity='layer' or modules= give the same)"
         )
 
 

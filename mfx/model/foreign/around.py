@@ -148,7 +148,7 @@ def _refuse_other_function(path: str, inner: str, plan: Plan) -> None:
         f"{path!r} was sharded after mfx.momentumize (fully_shard, parallelize_module), and the steps in it ({names}) "
         "are not one step of the whole module. Hooks of torch.distributed run on its calls alone, so all of it would "
         "have to be one step, which is another function. Call mfx.momentumize after sharding, which takes such modules "
-        f"whole, or name it a block before: modules={path!r}"
+        f"whole, or make it a block before: modules={path!r}, or granularity='layer' for layers"
     )
 
 
