@@ -53,7 +53,7 @@ MUTATIONS = (
              "state._training_state = type(state._training_state).IDLE", "pass",
              first="tests/test_sharding.py"),
     Mutation("a backward for some gradients accumulates those of units", "run/reversible.py",
-             "ctx.needs_input_grad[7] and will_run(ANCHOR)", "ctx.needs_input_grad[7]",
+             "ctx.needs_input_grad[8] and will_run(ANCHOR)", "ctx.needs_input_grad[8]",
              first="tests/test_sharding.py"),
     Mutation("sharded afterwards, several adds are one step in silence", "model/foreign/around.py",
              "            for path in parted:\n                _refuse",
