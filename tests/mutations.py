@@ -89,7 +89,7 @@ MUTATIONS = (
              "if not any(asked):", "if True:",
              first="tests/rewrite/test_regional.py"),
     Mutation("a branch that calls hooks is compiled", "rewrite/regional.py",
-             " or any(map(_has_hooks, modules_of(step, root)))", "", first="tests/rewrite/test_regional.py"),
+             " or any(map(_has_hooks, modules_of([step], root)))", "", first="tests/rewrite/test_regional.py"),
     Mutation("a compiled segment is differentiated twice", "run/uninverted/anew.py",
              "        if torch.is_grad_enabled():", "        if False:", first="tests/compile/test_budget.py"),
     Mutation("compiled kernels read gaps", "rewrite/kernels.py",
