@@ -73,9 +73,8 @@ class Momentum:
         self.entries: list[Entry] = []
         self.decisive: set[Any] = set()
         self.hooked = Hooked(original, place.prefix)
-        self.sharded: dict[str, int] = {}
         self.recorded: list[Call] | None = None
-        self.token, self.stamp = new_token(), ""
+        self.token, self.stamp, self.sharded = new_token(), "", dict[str, int]()
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
 
