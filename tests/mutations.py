@@ -42,6 +42,23 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Sharding
+    Mutation("sharded parameters are operands", "run/operands.py",
+             "if units is not None and units.hold(module, name):", "if False:",
+             first="tests/test_sharding.py"),
+    Mutation("sharded parameters are changed unseen", "sharding.py",
+             "if _versions(self.parameters) != self.versions:", "if False:",
+             first="tests/test_sharding.py"),
+    Mutation("a module that runs twice in a backward is gathered once", "torch_versions.py",
+             "state._training_state = type(state._training_state).IDLE", "pass",
+             first="tests/test_sharding.py"),
+    Mutation("a backward for some gradients accumulates those of units", "run/reversible.py",
+             "ctx.needs_input_grad[8] and will_run(ANCHOR)", "ctx.needs_input_grad[8]",
+             first="tests/test_sharding.py"),
+    Mutation("sharded afterwards, several adds are one step in silence", "model/foreign/around.py",
+             "            for path in parted:\n                _refuse",
+             "            for path in []:\n                _refuse",
+             first="tests/model/foreign"),
     # Compiled branches
     Mutation("what runs again moves running statistics", "rewrite/specs.py",
              '"again": branches(graph, copied)', '"again": branches(graph)',
@@ -72,7 +89,7 @@ MUTATIONS = (
              "if not any(asked):", "if True:",
              first="tests/rewrite/test_regional.py"),
     Mutation("a branch that calls hooks is compiled", "rewrite/regional.py",
-             " or any(map(_has_hooks, modules_of(step, root)))", "", first="tests/rewrite/test_regional.py"),
+             " or any(map(_has_hooks, modules_of([step], root)))", "", first="tests/rewrite/test_regional.py"),
     Mutation("a compiled segment is differentiated twice", "run/uninverted/anew.py",
              "        if torch.is_grad_enabled():", "        if False:", first="tests/compile/test_budget.py"),
     Mutation("compiled kernels read gaps", "rewrite/kernels.py",

@@ -14,6 +14,7 @@ PACKAGE = Path(mfx.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "memory", "torch_versions"},
+    {"sharding"},
     {"graph", "rule"},
     {"options"},
     {"capture", "find", "run"},

@@ -35,6 +35,8 @@ NAMES = {
     "torch.autograd._unsafe_preserve_version_counter",
     "torch.autograd.forward_ad._current_level",
     "torch.backends.mha._is_fastpath_enabled",
+    "torch.distributed._composable_state._insert_module_state",
+    "torch.distributed._composable_state._module_state_mapping",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.dropout._DropoutNd",
     "torch.nn.modules.transformer._detect_is_causal_mask",

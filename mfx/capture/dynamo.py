@@ -35,12 +35,13 @@ from mfx.capture.call import Call, Run
 from mfx.capture.exported import Sizes, beside_export, is_exporting
 from mfx.capture.frozen import generators_kept
 from mfx.capture.lifted import mark, note_modes, note_shape
-from mfx.capture.named import recording
+from mfx.capture.named import Called, recording, sharded_within
 from mfx.capture.tracer import Constant
 from mfx.errors import CaptureError
 from mfx.graph.dataflow import get_attribute
 from mfx.graph.notes import LIFTED, SCOPE
 from mfx.graph.splice import drop_dead
+from mfx.sharding import unsharded, whole_parameters
 from mfx.torch_versions import dynamo, source_name, source_of
 
 _LOGGING = "debug info warning warn error log critical exception warning_once info_once warning_advice".split()
@@ -113,13 +114,21 @@ class _Inputs(Exception):
         self.values = values
 
 
-def capture_dynamo(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str]) -> DynamoCapture:
+def capture_dynamo(
+    root: nn.Module,
+    forward: Any,
+    call: Call,
+    named: Mapping[int, str],
+    called: Mapping[int, str] = types.MappingProxyType({}),
+) -> DynamoCapture:
     """Capture ``forward(root, ...)``; see :func:`_captured`."""
     with beside_export(call) as stand_in:
-        return _captured(root, forward, stand_in, named)
+        return _captured(root, forward, stand_in, named, called)
 
 
-def _captured(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str]) -> DynamoCapture:
+def _captured(
+    root: nn.Module, forward: Any, call: Call, named: Mapping[int, str], called: Mapping[int, str]
+) -> DynamoCapture:
     """Capture ``forward(root, ...)``.
 
     Args:
@@ -127,6 +136,7 @@ def _captured(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str
         forward: the function.
         call: a call to capture it for.
         named: the paths of modules whose calls are to be marked (:mod:`mfx.capture.named`), by their id.
+        called: the paths of those whose calls are to be one node each, by their id.
 
     Raises:
         CaptureError: the model does not give one graph; says where and why.
@@ -144,19 +154,19 @@ def _captured(root: nn.Module, forward: Any, call: Call, named: Mapping[int, str
         _settings(),
     ):
         try:
-            with recording(named):
+            with recording(named, {**called, **sharded_within(root, named)}), unsharded(root), whole_parameters(root):
                 output = torch_dynamo.fullgraph_capture(bound, call.args, call.kwargs)
-            if output.backend_input is None:
-                raise CaptureError(f"{type(root).__name__}.forward runs no torch operation in this call")
-            manager = output.graph_capture_output.build_guards(frame.code)
+                gm = output.backend_input.graph_module if output.backend_input is not None else None
+                if gm is None:
+                    raise CaptureError(f"{type(root).__name__}.forward runs no torch operation in this call")
+                manager = output.graph_capture_output.build_guards(frame.code)
+                kinds, calls = _mark(gm, output, root, frame)
         except CaptureError:
             raise
         except Exception as error:
             raise _explain(error, root) from error
-    gm = output.backend_input.graph_module
     placeholders = gm.graph.find_nodes(op="placeholder")
     granted = Sizes.of(placeholders, output.graph_capture_output.output_graph.shape_env) if is_exporting() else None
-    kinds, calls = _mark(gm, output, root, frame)
     graph, taken = _relative(gm, kinds)
     drop_dead(graph, root)
     graph.lint()
@@ -230,6 +240,8 @@ def _relative(gm: fx.GraphModule, kinds: dict[fx.Node, tuple[str, str]]) -> tupl
             env[node] = graph.call_function(constant)
             env[node].meta = dict(node.meta)
             continue
+        if isinstance(node.target, Called):
+            node.op, node.target = "call_module", node.target.path
         # Each reader asks for a tensor of the model itself, as in a traced graph: it belongs to the reader's block.
         own = {source: _ask(graph, node, source, kinds) for source in node.all_input_nodes if source in kinds}
         env[node] = graph.node_copy(node, lambda source, own=own: own[source] if source in own else env[source])

@@ -30,6 +30,7 @@ from mfx.capture.values import contents_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import ADDED, Modes
 from mfx.graph.resources import aliased, writes
+from mfx.sharding import is_distributed
 from mfx.torch_versions import GLOBAL_HOOKS, without_modes
 
 _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(fx.__file__))
@@ -48,7 +49,7 @@ class Guards:
     ``seen``: (module or None for the root, table, key, value) of attributes and children; ``parameters``: the
     names of the parameters of modules taken whole; ``children``: the names of the children of modules that were
     entered or passed by on the way (a list of blocks); ``classes``: what each of all these was; ``ties``: the places of
-    each tensor that was a parameter in several.
+    each tensor that was a parameter in several; ``around`` whether torch.distributed runs code around what was entered.
     """
 
     seen: tuple[tuple[nn.Module | None, str, str, Any], ...]
@@ -56,6 +57,7 @@ class Guards:
     children: tuple[tuple[nn.Module | None, tuple[str, ...]], ...]
     classes: tuple[tuple[nn.Module, type], ...]
     ties: tuple[tuple[tuple[nn.Module | None, str], ...], ...]
+    around: tuple[tuple[nn.Module, bool], ...]
 
     @staticmethod
     def of(tracer: Tracer) -> Guards:
@@ -81,6 +83,7 @@ class Guards:
             tuple((module if path else None, _child_names(module)) for path, module in passed.items()),
             tuple((module, type(module)) for module in (*inner, *whole)),
             _ties(root),
+            tuple((module, is_distributed(module)) for path, module in tracer.entered.items() if path),
         )
 
     def hold(self, root: nn.Module) -> bool:
@@ -96,6 +99,7 @@ class Guards:
             and all(_child_names(root if module is None else module) == names for module, names in self.children)
             and all(type(module) is kind for module, kind in self.classes)
             and all(_are_one(root, tie) for tie in self.ties)
+            and all(is_distributed(module) is was for module, was in self.around)
         )
 
 

@@ -37,6 +37,7 @@ from mfx.capture.values import functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
 from mfx.graph.shapes import Fake, Interpreter, Real, asking
+from mfx.sharding import sharded_parameters
 from mfx.torch_versions import (
     FakeTensor,
     TorchDispatchMode,
@@ -54,19 +55,20 @@ _now = threading.local()
 def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCapture, call: Call) -> bool:
     """Whether ``captured`` is proven for ``call``; False where a proof has to wait for another call.
 
-    That is where a compiler or a transform of functions records what runs, or parameters are lazy or sharded.
+    That is where a compiler or a transform of functions records what runs, or parameters are lazy or parallel.
 
     Raises:
         CaptureError: the graph does not run what ``forward`` runs; says where.
     """
-    # Lazy tensors have no shape yet; sharded ones are whole only while hooks run, and here none do.
-    lazy = any(is_lazy(p) or type(p).__name__ == "DTensor" for p in (*root.parameters(), *root.buffers()))
+    # Lazy tensors have no shape yet; those of tensor parallelism are computed with by hooks, and here none run.
+    sharded = set(map(id, sharded_parameters(root)))
+    own = (tensor for tensor in (*root.parameters(), *root.buffers()) if id(tensor) not in sharded)
+    lazy = any(is_lazy(tensor) or type(tensor).__name__ == "DTensor" for tensor in own)
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if getattr(_now, "at_work", False) or lazy or traced or is_recording() or functions_are_transformed():
         return False
     inputs = captured.inputs(root, call)
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    symbolic = any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+    symbolic = any(isinstance(v, torch.Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in inputs)
     proof = _Proof(root, forward, captured)
     _now.at_work = True
     try:
@@ -76,7 +78,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
             except CaptureError:
                 raise
             except Exception:
-                if symbolic:
+                if symbolic or sharded:
                     return False
                 logs = proof.logs(Real(root, inputs))
         with without_modes():

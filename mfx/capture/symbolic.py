@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -92,6 +92,7 @@ def capture_symbolic(
     forward: Any,
     form: Form,
     named: Named = MappingProxyType({}),
+    called: Collection[int] = (),
     held: Callable[[], Iterable[Any]] = tuple,
 ) -> SymbolicCapture:
     """Trace ``forward(model, ...)`` for calls of ``form``.
@@ -101,6 +102,7 @@ def capture_symbolic(
         forward: the function.
         form: of the calls.
         named: modules whose calls are left as one node and marked.
+        called: the ids of others whose calls are left as one node.
         held: gives the values that the caller has noted by then.
 
     Raises:
@@ -116,6 +118,7 @@ def capture_symbolic(
 
     refuse_objects(forward, form)
     tracer = Tracer(entry, _argument_names(forward, form), form.kinds(), named)
+    tracer.called_only = called
     with only_new_garbage():
         graph = _trace(tracer, model)
         _refuse_left(tracer, model, held)
@@ -143,21 +146,21 @@ def varied(known: Iterable[Captured], model: nn.Module, call: Call) -> tuple[int
 
 
 def capture_general(
-    model: nn.Module, forward: Any, call: Call, places: tuple[int, ...], named: Named
+    model: nn.Module, forward: Any, call: Call, places: tuple[int, ...], named: Named, called: Collection[int] = ()
 ) -> SymbolicCapture | None:
     """A capture for ``call`` with any number at ``places``; None where Python decides by these numbers.
 
     Args:
-        model, forward, named: as for :func:`capture_symbolic`.
+        model, forward, named, called: as for :func:`capture_symbolic`.
         call: a call.
         places: of its leaves, those to be inputs.
     """
     form = call.form.with_inputs(places)
     try:
-        general = capture_symbolic(model, forward, form, named)
+        general = capture_symbolic(model, forward, form, named, called)
     except CaptureError:
         return None
-    alone = capture_symbolic(model, forward, call.form, named)
+    alone = capture_symbolic(model, forward, call.form, named, called)
     return general if same_computation(general.graph, alone.graph, form.inputs(call)) else None
 
 

@@ -28,7 +28,7 @@ import operator
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -40,7 +40,7 @@ from mfx.capture.values import applied, functions_kept, tensors_to_isinstance
 from mfx.errors import CaptureError
 from mfx.graph import operations
 from mfx.graph.draws import RANDOM
-from mfx.graph.notes import FRAMES, LIFTED, MODES, NUMBER, RETURNED, SCOPE, STATE, Modes, Scope, mark_call
+from mfx.graph.notes import ENTERED, FRAMES, LIFTED, MODES, NUMBER, RETURNED, SCOPE, STATE, Modes, Scope, mark_call
 from mfx.torch_versions import pytree
 
 _FACTORIES = (
@@ -97,7 +97,7 @@ def follower() -> object:
 
 
 class Tracer(fx.Tracer):
-    """Traces ``forward(root, *proxies)``; modules in ``named`` (path by id) are taken whole.
+    """Traces ``forward(root, *proxies)``; modules in ``named`` (path by id) and ``called_only`` (ids) are taken whole.
 
     ``arguments`` and ``kinds`` are the names and types of the proxies: tensors, and numbers that may vary.
     """
@@ -112,6 +112,7 @@ class Tracer(fx.Tracer):
         self.arguments = arguments
         self.kinds = kinds
         self.named = named
+        self.called_only: Collection[int] = ()
         self.current = Scope("", 0)
         self.failed_in: Scope | None = None
         self.entered: dict[str, nn.Module] = {}
@@ -148,7 +149,7 @@ class Tracer(fx.Tracer):
         return self.entry, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.named or STATE in m.__dict__:
+        if id(m) in self.named or id(m) in self.called_only or STATE in m.__dict__:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _CONTAINERS)
 
@@ -165,9 +166,10 @@ class Tracer(fx.Tracer):
         outer, self.current = self.current, Scope(path, self.calls[path])
         self.calls[path] += 1
         self.entered[path] = m
+        _mark(ENTERED, next((v for v in (*args, *kwargs.values()) if isinstance(v, fx.Proxy)), None), self.current)
         try:
             value = m.forward(*args, **kwargs)
-            _mark_returned(value, self.current)
+            _mark(RETURNED, value, self.current)
         except Exception:
             self.failed_in = self.failed_in or self.current
             raise
@@ -259,11 +261,11 @@ def _is_number(node: fx.Node) -> bool:
     return python and bool(inputs) and all(source.meta.get(NUMBER, False) for source in inputs)
 
 
-def _mark_returned(value: Any, scope: Scope) -> None:
+def _mark(note: str, value: Any, scope: Scope) -> None:
     values = value if isinstance(value, (tuple, list)) else (value,)
     for item in values:
         if isinstance(item, fx.Proxy):
-            item.node.meta.setdefault(RETURNED, set()).add(scope)
+            item.node.meta.setdefault(note, set()).add(scope)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ FRAMES = "mfx_frames"
 
 RETURNED = "mfx_returned"
 """Where a module call ended in the value: the set of scopes whose forward returned it."""
+ENTERED = "mfx_entered"
+"""Where a module call began with the value, as its first: the set of scopes whose forward took it."""
 SHAPE = "mfx_shape"
 """Where shapes are known: the shape of the value."""
 DTYPE = "mfx_dtype"

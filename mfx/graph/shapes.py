@@ -20,17 +20,22 @@ from mfx.errors import InputTypeError
 from mfx.graph.notes import DTYPE, DTYPE_KEPT, MODES, SHAPE, Modes, calling_whole, switched
 from mfx.graph.operations import is_ambient
 from mfx.memory import KeptBytes, shape_of
+from mfx.sharding import sharded_parameters, unsharded
 from mfx.torch_versions import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 
 class Fake:
-    """A place where ``model`` runs on fake inputs; its parameters and buffers stay untouched."""
+    """A place where ``model`` runs on fake inputs; its parameters and buffers stay untouched.
+
+    What FSDP2 shards is whole here.
+    """
 
     def __init__(self, model: nn.Module, tensors: list[Any]) -> None:
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         self.mode: Any = fakes[0].fake_mode if fakes else _fake_mode()
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.sharded = set(map(id, sharded_parameters(model)))
         self.tensors = [self._fake(tensor) for tensor in tensors]
 
     def _fake(self, tensor: Any) -> Any:
@@ -63,7 +68,7 @@ class Fake:
         try:
             for table, name, tensor in held:
                 table[name] = fakes[id(tensor)]
-            with self.mode, torch.random.fork_rng(devices=[]):
+            with unsharded(self.model), self.mode, torch.random.fork_rng(devices=[]):
                 yield
         finally:
             log.disabled = silent
@@ -71,7 +76,11 @@ class Fake:
                 table[name] = tensor
 
     def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
-        fake = self._fake(tensor)
+        if id(tensor) in self.sharded:
+            with self.mode:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        else:
+            fake = self._fake(tensor)
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def kept_bytes(self, run: Callable[..., Any]) -> int:
@@ -105,6 +114,7 @@ class Real(Fake):
         self.mode = contextlib.nullcontext()
         self.model = model
         self.given = tensors
+        self.sharded = set()
 
     def _fake(self, tensor: Any) -> Any:
         return asking(tensor, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else tensor

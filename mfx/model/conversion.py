@@ -20,6 +20,7 @@ from mfx.model.parts import parts_of
 from mfx.model.saved import EXAMPLE, form_of, saving_methods
 from mfx.model.state import Momentum
 from mfx.options import Budget, Gamma, Options, Patterns, RuleName, Velocity, make_options
+from mfx.sharding import refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_OPTIONS = ("model", "example_inputs")
@@ -120,9 +121,9 @@ def momentumize(
     if example_inputs is not None and saving_methods(type(model)):
         mm.__dict__[EXAMPLE] = form_of(example_inputs)
     _warn_if_nothing(found, type(model).__name__)
-    for part in parts_of(mm).values():
+    for path, part in parts_of(mm).items():
         if isinstance(part, Momentum):
-            part.warn_of_hooks(part.latest_entry(), stacklevel=2)
+            part.warn_of_hooks(mm.get_submodule(path), part.latest_entry(), stacklevel=2)
     return mm
 
 
@@ -165,7 +166,7 @@ def momentum_version(model: Model, options: Options) -> Model:
     momentum = Momentum(type(model), options)
     mm = shallow_copy(model, momentum)
     try:
-        momentum.warn_of_hooks(momentum.first(mm, None), stacklevel=4)
+        momentum.warn_of_hooks(mm, momentum.first(mm, None), stacklevel=4)
     except CaptureError:
         if options.capture == "fx":
             raise
@@ -178,6 +179,7 @@ def check_model(model: Any) -> None:
     """Refuse what is not a plain module."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    refuse_wrapped(model)
     sides = ((path, module.__dict__.get(STATE)) for path, module in model.named_modules())
     if any(side is not None and side.place.prefix == path for path, side in sides):
         raise OptionError("model is momentumized already: give the original, or use mfx.set_gamma to change gamma")

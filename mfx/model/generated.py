@@ -20,6 +20,7 @@ from mfx.errors import EntryError, InputTypeError, PlanChangedError
 from mfx.graph.notes import STATE
 from mfx.model.saved import described, saving_methods
 from mfx.model.state import Momentum
+from mfx.torch_versions import fsdp_shared, fsdp_state
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,14 +29,21 @@ _COMPILED = "_compiled_call_impl"
 
 
 def copied(model: Model) -> Model:
-    """The model with its own tables of children, parameters, buffers and hooks; what they hold is shared."""
-    mm = copy.copy(model)
+    """The model with its own tables of children, parameters, buffers and hooks; what they hold is shared.
+
+    Hooks of ``fully_shard`` exchange the parameters in the model's table, so one that is sharded is shared itself.
+    """
+    # fully_shard's classes construct a new model in their __new__.
+    mm = copy.copy(model) if fsdp_state(model) is None else nn.Module.__new__(type(model))
     state = dict(model.__dict__)
     state.pop(_COMPILED, None)  # compiled in place, it would run the model that it was made from
     for table, entries in state.items():
         if table.startswith("_") and isinstance(entries, (dict, set)):
             state[table] = copy.copy(entries)
+    if fsdp_state(model) is not None:
+        state["_parameters"] = model._parameters
     mm.__dict__ = state
+    fsdp_shared(model, mm)
     return mm
 
 

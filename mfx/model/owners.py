@@ -37,6 +37,7 @@ from mfx.model.state import Entry, Momentum
 from mfx.options import Options
 from mfx.pipeline import Place
 from mfx.plan import Chain
+from mfx.sharding import Units
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -213,6 +214,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(devices)), contents_kept(attributes):
             yield
     finally:
+        units = Units.of(model.modules())
+        if units is not None:
+            units.free()
         restore(attributes)
         with torch.no_grad():
             for buffer, value in before:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import glob
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 from weakref import ref
 
 from torch import fx, nn
 
-from mfx.errors import CaptureError, HookWarning, InputTypeError, OptionError, PlanChangedError, StaleGammaWarning
+from mfx.errors import CaptureError, InputTypeError, OptionError, PlanChangedError, StaleGammaWarning
 from mfx.graph.notes import ADDED, GUARD, STATE
 from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import Place
@@ -77,16 +77,6 @@ def refuse_tracing(module: nn.Module, leaves: Iterable[Any]) -> None:
             "is made by tracing (a feature extractor, a quantized model) has to be made of the original, and then be "
             "momentumized"
         )
-
-
-def warn_of_hooks(original: type[nn.Module], paths: Sequence[str], stacklevel: int) -> None:
-    """Tell that the hooks of the modules at ``paths`` do not run."""
-    warnings.warn(
-        f"forward or backward hooks on {', '.join(paths)} will not run: their modules are part of the captured graph "
-        f"of {original.__name__}. Hooks on the model itself and on modules taken whole do run",
-        HookWarning,
-        stacklevel=stacklevel + 1,
-    )
 
 
 class Origin:

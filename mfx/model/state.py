@@ -17,23 +17,17 @@ from weakref import WeakSet
 
 from torch import nn
 
-from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules, prove
+from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, prove
 from mfx.capture.call import Form, refuse_strided
 from mfx.capture.exported import is_exporting
-from mfx.capture.symbolic import SymbolicCapture, capture_general, varied, with_sizes
+from mfx.capture.symbolic import SymbolicCapture, varied, with_sizes
 from mfx.capture.tracer import following
 from mfx.compile.live import Live, new_token
 from mfx.errors import CaptureError, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import (
-    Origin,
-    refuse_replaced,
-    refuse_replica,
-    refuse_tracing,
-    warn_of_hooks,
-    without_added,
-)
+from mfx.model.foreign import Hooked, captured_around, general_around
+from mfx.model.parts import Origin, refuse_replaced, refuse_replica, refuse_tracing, without_added
 from mfx.options import Gamma, Options, check_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
@@ -79,9 +73,9 @@ class Momentum:
         self.places: dict[str, tuple[str, ...]] = {}
         self.entries: list[Entry] = []
         self.decisive: set[Any] = set()
-        self.hooked: set[str] = set()
+        self.hooked = Hooked(original, place.prefix)
         self.recorded: list[Call] | None = None
-        self.token, self.stamp = new_token(), ""
+        self.token, self.stamp, self.sharded = new_token(), "", dict[str, int]()
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
         self.origin: Origin | None = None
@@ -95,7 +89,8 @@ class Momentum:
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
         twin = Momentum(self.original, self.options, self.place, self.method)
         twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
-        twin.chains, twin.places, twin.origin = self.chains, self.places, Origin(self)
+        twin.chains, twin.places, twin.sharded = self.chains, self.places, dict(self.sharded)
+        twin.origin = Origin(self)
         return twin
 
     @property
@@ -164,16 +159,12 @@ class Momentum:
             self.origin.compare(self)
         with switched_off(root):
             entry = self.entry(root, call)
-            self.warn_of_hooks(entry, stacklevel=2)
+            self.warn_of_hooks(root, entry, stacklevel=2)
             return entry.run(root, call)
 
-    def warn_of_hooks(self, entry: Entry, stacklevel: int) -> None:
+    def warn_of_hooks(self, root: nn.Module, entry: Entry, stacklevel: int) -> None:
         """Tell, once for each module, that its hooks do not run."""
-        paths = [".".join(filter(None, (self.place.prefix, path))) for path in entry.captured.hooked]
-        hooked = [path for path in paths if path not in self.hooked]
-        if hooked:
-            self.hooked.update(hooked)
-            warn_of_hooks(self.original, hooked, stacklevel + 1)
+        self.hooked.tell(root, entry.captured.hooked, stacklevel + 1)
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
@@ -211,9 +202,20 @@ class Momentum:
 
     def capture_form(self, root: nn.Module, form: Form, call: Call | None = None) -> Entry:
         """The graph of calls of ``form``, of which ``call`` may be one that gives shapes, by symbolic tracing."""
-        captured = capture_symbolic(root, self.function, form, named_modules(root, self.options, self.place.prefix))
+        captured = self._by_symbols(root, form)
         captured = captured if call is None else with_sizes(captured, root, call)
         return self._add(Entry(captured, self._passed(root, captured)))
+
+    def _captured(self, root: nn.Module, capture: Callable[..., Any]) -> Any:
+        """By ``capture(named, called)``; from now on what is sharded is taken whole, where that has to be."""
+        prefix, passed = self.place.prefix, self._passed
+        found = captured_around(root, self.options, prefix, self.chains, capture, lambda one: passed(root, one).plan)
+        if found.whole:
+            self.options, self.token, self.sharded = found.options, new_token(), {**self.sharded, **found.whole}
+        return found.captured
+
+    def _by_symbols(self, root: nn.Module, form: Form) -> SymbolicCapture:
+        return self._captured(root, lambda *modules: capture_symbolic(root, self.function, form, *modules))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Call]]:
@@ -243,7 +245,6 @@ class Momentum:
 
     def _symbolic(self, root: nn.Module, call: Call) -> Entry:
         """A graph by symbolic tracing: for all values of a number that varies, if that gives the same chains."""
-        forward, named = self.function, named_modules(root, self.options, self.place.prefix)
 
         def entry_of(captured: SymbolicCapture) -> Entry:
             captured = with_sizes(captured, root, call) if self.options.shapes else captured
@@ -251,12 +252,13 @@ class Momentum:
 
         places = varied((entry.captured for entry in self.entries), root, call)
         if places and (call.spec, places) not in self.decisive:
-            general = capture_general(root, forward, call, places, named)
+            known, prefix = self.chains or (), self.place.prefix
+            general = general_around(root, self.function, call, places, self.options, prefix, known)
             entry = None if general is None else entry_of(general)
             if entry is not None and entry.passed.plan.names == self.chains:
                 return entry
             self.decisive.add((call.spec, places))
-        return entry_of(capture_symbolic(root, forward, call.form, named))
+        return entry_of(self._by_symbols(root, call.form))
 
     def _proven(self, entry: Entry, root: nn.Module, call: Call) -> Entry:
         """The entry, which is used from now on: its capture is the model's, or nothing can be said of it yet.
@@ -274,7 +276,7 @@ class Momentum:
         return self._add(replace(entry, proven=proven))
 
     def _dynamo(self, root: nn.Module, call: Call) -> Entry:
-        captured = capture_dynamo(root, self.function, call, named_modules(root, self.options, self.place.prefix))
+        captured = self._captured(root, lambda *modules: capture_dynamo(root, self.function, call, *modules))
         return self._add(Entry(captured, self._passed(root, captured), proven=True), keep=not is_exporting())
 
     def _passed(self, root: nn.Module, captured: Captured) -> Passed:

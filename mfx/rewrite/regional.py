@@ -66,7 +66,7 @@ def _compiled(step: StepSpec, way: Any) -> StepSpec:
 
 def _asked(root: nn.Module, step: StepSpec) -> Any:
     """How a module around the step's block was compiled, the innermost; None where none was."""
-    if step.graph is None or any(map(_has_hooks, modules_of(step, root))):
+    if step.graph is None or any(map(_has_hooks, modules_of([step], root))):
         return None
     found = None
     for module in _around(root, step.home):

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfx.errors import InputTypeError
 from mfx.rule.arithmetic.carry import EAGER, Floating, Kernels
 from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import Escape, State, StepSpec
+from mfx.run.conditions import autocast_dtype
 from mfx.run.detector import Drift
+from mfx.run.operands import modules_of
+from mfx.sharding import casting, coarsest
+from mfx.torch_versions import has_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,24 @@ class ChainSpec:
         """How much of the velocity after a step belongs to what is handed out there; None: nothing."""
         rule = self.steps[index].rule
         return None if not self.reads_z or rule.plain else rule.coast
+
+
+def schedule_of(chain: ChainSpec, root: nn.Module, x: Tensor) -> Schedule:
+    """The schedule for an input such as ``x``, in the dtype that branches compute in now."""
+    if x.is_complex():
+        raise InputTypeError(
+            f"{chain.name}: its input is complex ({x.dtype}), and the momentum recurrence is defined here for real "
+            f"numbers. Keep its blocks as they are with exclude={chain.steps[0].name!r} ..., or split the values into "
+            "real and imaginary part (torch.view_as_real)"
+        )
+    if x.is_nested and x.layout != torch.jagged:
+        raise InputTypeError(
+            f"{chain.name}: its input is a nested tensor of layout {x.layout}, whose state cannot be undone: make it "
+            "with layout=torch.jagged"
+        )
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    casts = (autocast_dtype(x.device, dtype), casting(modules_of(chain.steps, root)))
+    return chain.schedule(dtype, coarsest(casts), float64=has_float64(x.device))
 
 
 def stored(

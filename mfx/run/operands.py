@@ -6,6 +6,7 @@
 3. The recomputed branch's graph may end in the operands only.  Any other leaf that needs a gradient is one that would
    get none: a parameter that something put in place while the branch ran, or that no module holds.  That is looked at
    the first time a step is differentiated, and whenever an operand comes out without gradient.
+4. Parameters that FSDP2 shards are no operands (:mod:`mfx.sharding`).
 
 Known limits: a leaf of point 3 that joins a step later on, while all operands get gradients, is not seen.
 """
@@ -23,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from mfx.errors import BackwardError, InputTypeError
 from mfx.rule.step import StepSpec
+from mfx.sharding import Units, refuse_partitioned
 from mfx.torch_versions import pytree
 
 Owner = tuple[nn.Module, str]
@@ -30,33 +32,42 @@ Owner = tuple[nn.Module, str]
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """The parameters of a step at one call: ``modules`` are called by its branch; each tensor has its owners."""
+    """The parameters of a step at one call: ``modules`` are called by its branch; each tensor has its owners.
+
+    ``units`` are those of the modules that FSDP2 shards, whose parameters are not among them.
+    """
 
     modules: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
     owners: tuple[tuple[Owner, ...], ...]
+    units: Units | None = None
 
     @staticmethod
     def of(step: StepSpec, root: nn.Module) -> Parameters:
         """As the modules of ``root`` hold them now."""
-        modules = modules_of(step, root)
+        modules = modules_of([step], root)
+        units = Units.of(modules)
         places = {(module, name): None for module in modules for name in module._parameters}
         # What the branch reads by itself, and parameters that a wrapper turned into plain attributes.
         places.update({(submodule(root, path), name): None for names in step.parameters for path, name in names})
         found: dict[int, tuple[Tensor, list[Owner]]] = {}
         for module, name in places:
+            if units is not None and units.hold(module, name):
+                continue
             value = _holder(module, name).get(name)
             if isinstance(value, Tensor):
+                refuse_partitioned(step.name, value)
                 found.setdefault(id(value), (value, []))[1].append((module, name))
         tensors = tuple(tensor for tensor, _ in found.values())
-        return Parameters(modules, tensors, tuple(tuple(owners) for _, owners in found.values()))
+        return Parameters(modules, tensors, tuple(tuple(owners) for _, owners in found.values()), units)
 
 
-def modules_of(step: StepSpec, root: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that a branch calls whole, with all inside them."""
-    if len(step.modules) == 1:
-        return tuple(submodule(root, step.modules[0]).modules())
-    return tuple({module: None for path in step.modules for module in submodule(root, path).modules()})
+def modules_of(steps: Sequence[StepSpec], root: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that branches call whole, with all inside them."""
+    paths = [path for step in steps for path in step.modules]
+    if len(paths) == 1:
+        return tuple(submodule(root, paths[0]).modules())
+    return tuple({module: None for path in paths for module in submodule(root, path).modules()})
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
@@ -72,20 +83,23 @@ def _holder(module: nn.Module, name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def parameters_as_operands(owners: Sequence[Sequence[Owner]], operands: Sequence[Any]) -> Iterator[list[Tensor]]:
+def parameters_as_operands(
+    owners: Sequence[Sequence[Owner]], operands: Sequence[Any], apart: bool = False
+) -> Iterator[list[Tensor]]:
     """Run with ``operands`` as the modules' parameters; gives the tensors to differentiate by.
 
     Each operand may be owned under several names.  Where the modules still hold the operand itself, and it is a leaf,
-    that is the parameter.  Where not (the forward ran inside ``torch.func.functional_call``, say) an alias of the
-    operand takes its place meanwhile.  Tensor hooks of parameters are silent meanwhile: they run once, when the
-    gradient arrives outside.
+    that is the parameter.  Where not (the forward ran inside ``torch.func.functional_call``, say), or gradients are
+    to be kept ``apart`` from those that the parameter has, an alias takes its place meanwhile.  Tensor hooks of
+    parameters are silent meanwhile: they run once, when the gradient arrives outside.
     """
     leaves: list[Tensor] = []
     swapped: list[tuple[dict[str, Any], str, Any]] = []
     hooks: list[tuple[Tensor, Any]] = []
     try:
         for names, operand in zip(owners, operands, strict=True):
-            if operand.is_leaf and all(_holder(module, name).get(name) is operand for module, name in names):
+            own = not apart and operand.is_leaf
+            if own and all(_holder(module, name).get(name) is operand for module, name in names):
                 leaves.append(operand)
                 if operand._backward_hooks:
                     hooks.append((operand, operand._backward_hooks))
@@ -156,9 +170,9 @@ def refuse_lost(
     got_none = f", and {', '.join(map(repr, without))} would get none" if without else ""
     raise BackwardError(
         f"block {step.name!r}: its branch computed with tensors (of shape {sizes}) that need a gradient and that its "
-        f"modules do not hold as parameters before and after they run. Their gradients would be lost{got_none}. FSDP "
-        "(fully_shard of a block) and hooks swap parameters in this way: shard the whole model alone, register the "
-        f"tensors as parameters, keep the block as it is with exclude={step.name!r}, or use reversible=False"
+        f"modules do not hold as parameters before and after they run. Their gradients would be lost{got_none}. FSDP1 "
+        "(FullyShardedDataParallel) and hooks swap parameters in this way: shard with fully_shard (FSDP2), register "
+        f"the tensors as parameters, keep the block as it is with exclude={step.name!r}, or use reversible=False"
     )
 
 

@@ -3,7 +3,8 @@
 1. The branch runs under the conditions of its first run (:mod:`mfx.run.conditions`), on detached inputs.
 2. The modules' own parameters are what is differentiated by, as long as they are still the step's operands
    (:mod:`mfx.run.operands`, which sees to it that no gradient is lost).
-3. The gradients of x, the side values and the parameters are those of one ``torch.autograd.grad``.
+3. The gradients of x, the side values and the parameters are those of one ``torch.autograd.grad``; those of sharded
+   parameters are accumulated by their own hooks meanwhile (:mod:`mfx.sharding`).
 
 Source: torch/utils/checkpoint.py, whose recomputation this follows.
 """
@@ -35,6 +36,7 @@ from mfx.run.operands import (
 from mfx.run.tape import Setting
 from mfx.run.watched import Watch
 from mfx.run.watching import saving
+from mfx.sharding import Units, differentiated
 
 
 class Turn(Protocol):
@@ -50,7 +52,8 @@ class Rerun:
     """One step as it ran first, and all that it takes to run its branch again.
 
     ``owners`` hold each parameter; ``storages`` tell where its values lie;
-    ``constants`` the operands that autograd does not save (None stands for those that it does).
+    ``constants`` the operands that autograd does not save (None stands for those that it does); ``units`` the sharded
+    parameters, if there are any.
     """
 
     setting: Setting
@@ -61,6 +64,7 @@ class Rerun:
     owners: tuple[tuple[Owner, ...], ...]
     storages: tuple[int | None, ...]
     constants: tuple[tuple[Any] | None, ...]
+    units: Units | None
 
     @staticmethod
     def of(
@@ -83,6 +87,7 @@ class Rerun:
             parameters.owners,
             storages_of(parameters.tensors),
             tuple(None if there else (operand,) for operand, there in zip(operands, saved, strict=True)),
+            parameters.units,
         )
 
     @property
@@ -107,15 +112,19 @@ class Rerun:
         wanted: Sequence[bool],
         grad: Tensor | None,
         grad_extra: Sequence[Tensor | None],
+        accumulate: bool = False,
     ) -> list[Tensor | None]:
         """Run the branch once more, and give the gradients of x and the operands from those of its values.
 
-        The branch's value goes to ``turn`` and is let go before the branch is differentiated.
+        The branch's value goes to ``turn`` and is let go before the branch is differentiated.  Sharded parameters
+        ``accumulate`` their gradients, if they are to.
         """
         step, x = self.step, turn.inside.detach().to(self.dtype)
-        differentiable = (grad is not None or any(one is not None for one in grad_extra)) and any(wanted)
+        asked = any(wanted) or accumulate
+        differentiable = (grad is not None or any(one is not None for one in grad_extra)) and asked
         given = operands[len(step.sides) :]
-        with self.conditions.restored(step.compiled), parameters_as_operands(self.owners, given) as parameters:
+        own = parameters_as_operands(self.owners, given, apart=self.units is not None)
+        with self.conditions.restored(step.compiled), _gathering(self.units, step, differentiable), own as parameters:
             leaves = [_leaf(x, wanted[0]), *(_leaf(side) for side in operands[: len(step.sides)]), *parameters]
             del x
             with torch.set_grad_enabled(differentiable or step.compiled), self.watch.again():
@@ -126,13 +135,21 @@ class Rerun:
                 return [None] * len(leaves)
             ends = [_end(value, cotangent) for value, cotangent in zip(values, (grad, *grad_extra), strict=True)]
             del values, grad, grad_extra
-            grads = _gradients(ends, leaves, wanted)
-            self._refuse_lost([end for end, _ in ends if end is not None], leaves, wanted, grads)
+            into = self.units.gathered() if self.units is not None else []
+            known = [*leaves, *into]
+            grads = _gradients(ends, leaves, wanted, into=into if accumulate else [], units=self.units is not None)
+            self._refuse_lost([end for end, _ in ends if end is not None], known, wanted, grads)
         return grads
 
     def opened(self, x: Tensor, operands: Sequence[Any]) -> Opened:
         """The branch once more, with its graph."""
         step = self.step
+        if self.units is not None:
+            raise BackwardError(
+                f"block {step.name!r}: the gradient of a value that a module of it keeps is asked for (by a hook, "
+                "retain_grad or torch.autograd.grad), and fully_shard shards its parameters, which are there for one "
+                f"backward through it only. Keep the block as it is with exclude={step.name!r}, or use reversible=False"
+            )
         sides, given = operands[: len(step.sides)], operands[len(step.sides) :]
         with self.conditions.restored(), parameters_as_operands(self.owners, given):
             leaves = [_leaf(x.to(self.dtype), True), *(_leaf(side) for side in sides)]
@@ -149,13 +166,13 @@ class Rerun:
             return self.step.again(setting.root, x, *sides)
 
     def _refuse_lost(
-        self, ends: Sequence[GradientEdge], leaves: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
+        self, ends: Sequence[GradientEdge], known: list[Any], wanted: Sequence[bool], grads: list[Tensor | None]
     ) -> None:
         """Look for lost gradients, the first time and whenever a parameter has none (M15)."""
         missing = [want and grad is None for want, grad in zip(wanted, grads, strict=True)][1 + len(self.step.sides) :]
         proven = self.setting.chain.proven
         if not self.setting.symbolic and (self.index not in proven or any(missing)):
-            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), [end.node for end in ends], leaves)
+            refuse_lost(self.step, list(zip(self.owners, missing, strict=True)), [end.node for end in ends], known)
             proven.add(self.index)
 
 
@@ -187,19 +204,40 @@ class Opened:
         return isinstance(other, Tensor) and self.gradients(cotangents, [value])[0] is not None
 
 
+@contextlib.contextmanager
+def _gathering(units: Units | None, step: StepSpec, differentiable: bool) -> Iterator[None]:
+    """Around a recomputation of a step whose parameters are sharded, in part."""
+    if units is None:
+        yield
+        return
+    units.refuse_changed(step.name)
+    units.as_in_forward()
+    yield
+    if not differentiable:
+        units.free()
+
+
 def _gradients(
     ends: Sequence[tuple[GradientEdge | None, Tensor | None]],
     leaves: list[Any],
     wanted: Sequence[bool],
     again: bool = False,
+    units: bool = False,
+    into: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """The gradients of the wanted leaves; None for the others, and for those that no cotangent reaches."""
+    """The gradients of the wanted leaves; None for the others, and for those that no cotangent reaches.
+
+    Where there are sharded ``units``, the gradients of their parameters ``into`` which they go are accumulated.
+    """
     pairs = [(end, cotangent) for end, cotangent in ends if end is not None and cotangent is not None]
     asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-    if not pairs or not asked:
+    if not pairs or not (asked or into):
         return [None] * len(leaves)
     reached, given = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
+    if units:
+        found = iter(differentiated(reached, given, asked, into))
+    else:
+        found = iter(torch.autograd.grad(reached, asked, given, retain_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
@@ -207,7 +245,7 @@ def conditions_of(
     step: StepSpec, root: nn.Module, x: Tensor, called: tuple[nn.Module, ...] | None = None
 ) -> Conditions:
     """The conditions of a step's branch, with the modules in the modes they are in."""
-    called = modules_of(step, root) if called is None else called
+    called = modules_of([step], root) if called is None else called
     buffers = tuple((submodule(root, path), name) for path, name in step.buffers)
     # On a jagged tensor torch draws for a dropout of p = 0 as well.
     return Conditions.of(step.name, called, buffers, step.draws or x.is_nested, x)

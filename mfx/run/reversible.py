@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.errors import BackwardError, InputTypeError
+from mfx.errors import BackwardError
 from mfx.rule.arithmetic.carry import carry
 from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import added, check_velocity, passed_on, pulled
 from mfx.rule.varying import Varies, by_values, gammas_of, varied
 from mfx.run.beside import joined
-from mfx.run.chain import ChainSpec, Inner, stored
+from mfx.run.chain import ChainSpec, Inner, schedule_of, stored
 from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
-from mfx.run.conditions import Autocast, autocast_dtype, compiling, is_symbolic
+from mfx.run.conditions import Autocast, compiling, is_symbolic
 from mfx.run.operands import Parameters, refuse_containers, refuse_lazy, without_graph
 from mfx.run.recompute import Rerun, as_inner, as_recomputed, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer
@@ -44,13 +44,14 @@ from mfx.run.uninverted.kept import kept_step
 from mfx.run.uninverted.plain import is_plain, plain
 from mfx.run.watched import refuse_watched
 from mfx.run.watching import Followed
+from mfx.sharding import ANCHOR
 from mfx.torch_versions import (
     forward_derivative_is_on,
     functions_are_transformed,
-    has_float64,
     is_recording,
     keeping_version,
     not_followed,
+    will_run,
 )
 
 
@@ -68,7 +69,7 @@ def run(
     """
     check_velocity(chain.name, x, velocity)
     chain = _with_gammas(chain, gammas, x)
-    plan = _schedule(chain, x)
+    plan = schedule_of(chain, root, x)
     if chain.reversible and _wants_gradient(x, velocity, (*operands, gammas_of(chain.steps))):
         refuse_lazy(chain.steps, operands)
         if is_plain(chain, plan, x):
@@ -77,23 +78,6 @@ def run(
     state = x.to(plan.state_dtype)
     velocity = None if velocity is None else velocity.to(plan.state_dtype)
     return stored(chain, carry(chain.steps, plan), root, state, velocity, operands, x.dtype)
-
-
-def _schedule(chain: ChainSpec, x: Tensor) -> Schedule:
-    """The plan for an input such as ``x``, under the autocast in force."""
-    if x.is_complex():
-        raise InputTypeError(
-            f"{chain.name}: its input is complex ({x.dtype}), and the momentum recurrence is defined here for real "
-            f"numbers. Keep its blocks as they are with exclude={chain.steps[0].name!r} ..., or split the values into "
-            "real and imaginary part (torch.view_as_real)"
-        )
-    if x.is_nested and x.layout != torch.jagged:
-        raise InputTypeError(
-            f"{chain.name}: its input is a nested tensor of layout {x.layout}, whose state cannot be undone: make it "
-            "with layout=torch.jagged"
-        )
-    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return chain.schedule(dtype, autocast_dtype(x.device, dtype), float64=has_float64(x.device))
 
 
 def _with_gammas(chain: ChainSpec, gammas: Tensor | None, x: Tensor) -> ChainSpec:
@@ -144,7 +128,8 @@ def _reversible(
             else:
                 parameters = Parameters.of(chain.steps[index], root)
                 given = (*inner.sides(index, operands[index]), *parameters.tensors)
-                state = (x, v, gammas[index])
+                anchor = None if parameters.units is None else parameters.units.anchor
+                state = (x, v, gammas[index], anchor)
                 x, v, *extra = Step.apply(setting, recorder, slot, parameters, index, *state, *given)  # type: ignore[misc]
             nodes.append(x.grad_fn)
             inner.record(x if index in inner.wanted else None, extra[: recorder.escapes], recorder.dtype)
@@ -196,7 +181,9 @@ def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor) -> Se
 
 
 class Step(torch.autograd.Function):
-    """``(x, v, operands) -> (x', v', escapes, watched values)``; saves its operands only.
+    """``(x, v, anchor, operands) -> (x', v', escapes, watched values)``; saves its operands only.
+
+    The anchor stands for parameters that are sharded (:mod:`mfx.sharding`), if there are any.
 
     The state itself is in the recorder, which nobody else sees, so that it lives no longer than it must.  What autograd
     is given for it has no values and takes no memory; it is what the gradients go by, in a dtype that may be
@@ -214,6 +201,7 @@ class Step(torch.autograd.Function):
         edge_x: Tensor,
         edge_v: Tensor | None,
         gamma: Tensor | None,
+        anchor: Tensor | None,
         *given: Any,
     ) -> Any:
         step = setting.chain.steps[index]
@@ -247,15 +235,16 @@ class Step(torch.autograd.Function):
         refuse_watched(step.name, ctx.slot.of_step(index) if value is not None else ())
         grads: list[Tensor | None] = [None] * (1 + len(operands))
         if turn.divides or value is not None or any(grad is not None for grad in grad_extra):
-            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[8:])
-            grads = rerun.differentiate(turn, operands, wanted, value, grad_extra)
+            wanted = (ctx.needs_input_grad[5], *ctx.needs_input_grad[9:])
+            accumulate = ctx.needs_input_grad[8] and will_run(ANCHOR)
+            grads = rerun.differentiate(turn, operands, wanted, value, grad_extra, accumulate)
         else:
             turn.pass_on(None)
         if index == ctx.slot.rewind.left.first:
             ctx.slot.rewind = None
         own_x, own_v = passed_on(step, grad_x, grad_v, value)
         own_v = own_v if ctx.needs_input_grad[6] else None
-        of_state = (added(own_x, grads[0]), own_v, turn.of_gamma)
+        of_state = (added(own_x, grads[0]), own_v, turn.of_gamma, None)
         return None, None, None, None, None, *of_state, *grads[1:]
 
 

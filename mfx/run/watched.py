@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mfx.errors import BackwardError
 from mfx.run.watching import ran, stand_in
+from mfx.sharding import is_distributed_hook
 from mfx.torch_versions import pytree
 
 Place = tuple[Any, ...]
@@ -120,10 +121,10 @@ class Watch:
         try:
             for number, module, tables in self.hooked:
                 for name, hooks in tables.items():
+                    alone = name.endswith("kwargs")
                     own = (
-                        hooks.items()
-                        if name.endswith("kwargs")
-                        else ((key, wrapped(number, module, key, hook)) for key, hook in hooks.items())
+                        (key, hook if alone or is_distributed_hook(hook) else wrapped(number, module, key, hook))
+                        for key, hook in hooks.items()
                     )
                     module.__dict__[name] = OrderedDict(own)
             yield

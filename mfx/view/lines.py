@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mfx.memory import format_bytes
@@ -54,3 +54,23 @@ def _advice_lines(chain: Any) -> Iterator[str]:
 def _head(chain: Any) -> str:
     size = "" if chain.activation_bytes is None else f" {format_bytes(chain.activation_bytes)}"
     return f"chain {chain.index}: {len(chain.blocks)} blocks keep{size or ' their activations'}"
+
+
+def lag_lines(chains: Iterable[Any], readout: str) -> Iterator[str]:
+    """By how many blocks the state that branches read lags behind where it would come to rest."""
+    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and chain.lag is not None and chain.lag > 0}
+    if lags:
+        how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
+        blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
+        yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
+
+
+def sharded_lines(sharded: tuple[tuple[str, int], ...]) -> Iterator[str]:
+    """Which modules are one step instead of several, since they are sharded."""
+    for count in sorted({count for _, count in sharded if count > 1}):
+        names = [name for name, number in sharded if number == count]
+        shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
+        yield (
+            f"sharded, and so taken whole: {shown}. The {count} residual blocks in each are one step, "
+            "another function than unsharded where gamma is not 0 (granularity='layer' or modules= give the same)"
+        )

@@ -106,8 +106,10 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     step = None if owned is None else _step(found, seen, owned)
     options = next(iter(found.values())).momentum.options
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
+    sharded = tuple(pair for outlook in found.values() for pair in outlook.momentum.sharded.items())
     courses = _courses(seen)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout, courses)
+    given = (options.readout, courses, sharded)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, *given)
 
 
 def _courses(seen: list[_Seen]) -> dict[str, Course]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mfx.budget.step import Course
 from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
-from mfx.view.lines import chain_lines, forecast_lines
+from mfx.view.lines import chain_lines, forecast_lines, lag_lines, sharded_lines
 from mfx.view.pictures import drawn_blocks, drawn_step, fragment, saved
 
 
@@ -136,6 +136,8 @@ class Report:
     ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
     ``courses`` are the bytes alive along a step, of plain backprop and of momentum.
+    ``sharded`` are the modules that are one step because torch.distributed runs code around their calls (fully_shard),
+    each with the number of residual blocks in it.
     """
 
     model: str
@@ -149,6 +151,7 @@ class Report:
     sums: tuple[Row, ...] = ()
     readout: str = "x"
     courses: dict[str, Course] = field(default_factory=dict, repr=False, compare=False)
+    sharded: tuple[tuple[str, int], ...] = ()
 
     @property
     def rewritable(self) -> list[str]:
@@ -168,6 +171,7 @@ class Report:
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "step": None if self.step is None else asdict(self.step),
             "readout": self.readout,
+            "sharded": dict(self.sharded),
             "sums": [_jsonable(asdict(row)) for row in self.sums],
         }
 
@@ -219,7 +223,8 @@ class Report:
             yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
             yield from chain_lines(chain)
-        yield from _lag_lines(self.chains, self.readout)
+        yield from lag_lines(self.chains, self.readout)
+        yield from sharded_lines(self.sharded)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
             share = f" ({after / before:.0%})" if before else ""
@@ -236,15 +241,6 @@ class Report:
                 yield f"most is alive at: {self.step.where}"
             yield ""
             yield from self.step.lines()
-
-
-def _lag_lines(chains: Iterable[ChainRow], readout: str) -> Iterator[str]:
-    """By how many blocks the state that branches read lags behind where it would come to rest."""
-    lags = {chain.lag for chain in chains if len(chain.blocks) > 1 and chain.lag is not None and chain.lag > 0}
-    if lags:
-        how = "which readout='z' would hand out" if readout == "x" else "which is handed out"
-        blocks = ", ".join(f"{lag:.3g}" for lag in sorted(lags))
-        yield f"branches read an x that lags by {blocks} blocks behind where it would come to rest (z), {how}"
 
 
 def _cells(row: Row) -> dict[str, object]:

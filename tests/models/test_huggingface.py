@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, chain_names, relative_error, run
+from sharded import process_group, whole
 from torch import Tensor, nn
 
 import mfx
@@ -290,3 +291,35 @@ def test_attention_weights_are_handed_out_with_their_gradients() -> None:
     reversible, stored = (mfx.momentumize(model, GAMMA, example_inputs=call, reversible=r) for r in (True, False))
     assert relative_error(gradients(reversible), gradients(stored)) < 1e-10
     assert relative_error(gradients(mfx.momentumize(model, 0.0, example_inputs=call)), gradients(model)) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_language_model_that_is_sharded_by_layer(order: str, tmp_path):
+    """fully_shard of each layer and of the model: what a layer is given goes through its call in Dynamo's graph."""
+    from torch.distributed.fsdp import fully_shard
+
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    layers = "model.layers.[0-9]"
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, use_cache=False)).double()
+
+    def sharded(model: nn.Module) -> nn.Module:
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer)  # type: ignore[arg-type]
+        return fully_shard(model)
+
+    def momentum(model: nn.Module, modules: Any = layers) -> nn.Module:
+        return mfx.momentumize(model, GAMMA, example_inputs={"input_ids": ids}, modules=modules)
+
+    expected = momentum(made())
+    expected(input_ids=ids).logits.square().sum().backward()
+    with process_group(tmp_path):
+        mm = momentum(sharded(made()), None) if order == "before" else sharded(momentum(made()))
+        for _ in range(2):
+            mm.zero_grad()
+            mm(input_ids=ids).logits.square().sum().backward()
+        grads = [None if p.grad is None else whole(p.grad) for p in mm.parameters()]
+        assert relative_error(grads, [p.grad for p in expected.parameters()]) < 1e-9

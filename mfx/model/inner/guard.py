@@ -36,6 +36,7 @@ from mfx.compile.inside import traced_within
 from mfx.errors import EntryError
 from mfx.graph.notes import GUARD, is_called_whole
 from mfx.model.state import Momentum
+from mfx.torch_versions import fsdp_shared
 
 _COMPILED = "_compiled_call_impl"
 """Where ``module.compile()`` keeps what it made."""
@@ -106,6 +107,7 @@ def with_guard(module: nn.Module, guard: Guard) -> nn.Module:
     """``module`` as another object, of a class that asks ``guard`` first; it has the very attributes of ``module``."""
     mm = _rebuild(type(module), guard)
     object.__setattr__(mm, "__dict__", module.__dict__)
+    fsdp_shared(module, mm)
     return mm
 
 

@@ -107,6 +107,8 @@ class _Runs:
 
     def _refuse_changes(self) -> None:
         parameters = self.parameters
+        if parameters.units is not None:
+            parameters.units.refuse_changed(self.spec.name)
         if [tensor._version for tensor in parameters.tensors] != self.versions:
             raise BackwardError(
                 f"{self.spec.name}: a parameter was changed in place between forward and backward, so it cannot be "
