@@ -218,6 +218,12 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward that runs leaves its graph for another one (``retain_graph``)."""
+    # Source: torch/csrc/autograd/init.cpp; torch's own compiled functions ask it before they reuse buffers.
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+
+
 def when_backward_ends(call: Callable[[], Any]) -> None:
     """While a backward runs: call this at its end, if it ends well."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]

@@ -208,6 +208,22 @@ MUTATIONS = (
              "        velocity = left\n"
              "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n"),
     Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[6] else None", "None"),
+    # Linked chains
+    Mutation("a linked chain begins anew", "run/linked/joint.py",
+             "return ended if same else None", "return None", "tests/models/test_linked.py"),
+    Mutation("a changed value goes on from what it was", "run/linked/joint.py",
+             "else stamp == x._version", "else True", "tests/models/test_linked.py"),
+    Mutation("a linked chain counts its steps from 0", "run/linked/joint.py",
+             "reached = before.reached if before is not None and goes_on else Reached()", "reached = Reached()",
+             "tests/models/test_linked.py"),
+    Mutation("the state between chains is not given back", "run/closing.py",
+             "            self.left.back((x, v), self.zeros)", "            pass", "tests/models/test_linked.py"),
+    Mutation("a state that was handed on is kept as well", "run/linked/handover.py",
+             "        self.takers.append(taker)\n        self.give(None)", "        self.takers.append(taker)",
+             "tests/models/test_linked.py"),
+    Mutation("what was drawn stays drawn where values are not finite", "model/linked/deciding.py",
+             "                    place.set_rng_state(state)", "                    pass",
+             "tests/models/test_linked.py"),
     # Which blocks, in which chains
     Mutation("the inner blocks on a tie", "plan/level.py", "(-len(block.nodes), place", "(len(block.nodes), place",
              "tests/plan"),

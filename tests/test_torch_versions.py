@@ -16,6 +16,7 @@ PACKAGE = Path(mfx.__file__).parent
 NAMES = {
     "torch._C._TorchDispatchModeKey",
     "torch._C._are_functorch_transforms_active",
+    "torch._C._autograd._get_current_graph_task_keep_graph",
     "torch._C._current_autograd_node",
     "torch._C._current_graph_task_id",
     "torch._C._get_dispatch_mode",

@@ -33,7 +33,7 @@ from mfx.capture.call import Call
 from mfx.capture.frozen import apart, remembered, restore
 from mfx.capture.symbolic import SymbolicCapture
 from mfx.capture.tracer import following
-from mfx.capture.values import functions_kept
+from mfx.capture.values import Otherwise, functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
 from mfx.graph.shapes import Fake, Interpreter, Real, asking
@@ -73,7 +73,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
         with apart(root):
             try:
                 logs = proof.logs(_fake(root, inputs))
-            except CaptureError:
+            except (CaptureError, Otherwise):
                 raise
             except Exception:
                 if symbolic:
@@ -111,6 +111,8 @@ class _Proof:
         restore(before)
         try:
             return own, self._log(place, lambda log: self.graph(place, log))
+        except Otherwise:
+            raise
         except Exception as error:
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise _refusal(self.root, f"the model runs to its end\n    the graph stops with {said}") from error

@@ -8,11 +8,12 @@ the part's module, a dot, and the block's name in the part.
 from __future__ import annotations
 
 import glob
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from torch import nn
+from torch import fx, nn
 
-from mfx.errors import InputTypeError, OptionError, PlanChangedError
+from mfx.capture import Call
+from mfx.errors import CaptureError, InputTypeError, OptionError, PlanChangedError
 from mfx.graph.notes import GUARD, STATE
 from mfx.options import Gamma, check_gamma, gamma_of
 from mfx.pipeline import Place
@@ -61,6 +62,22 @@ def refuse_replica(module: nn.Module) -> None:
             f"{type(module).__name__} runs momentum chains, which torch.nn.DataParallel's copies of a model cannot: "
             "they have no parameters of their own. Use torch.nn.parallel.DistributedDataParallel"
         )
+
+
+def refuse_symbols(original: type[nn.Module], call: Call) -> None:
+    """Raise for a call with symbolic values."""
+    if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
+        raise CaptureError(
+            f"{original.__name__} is momentumized and cannot be traced symbolically: take mfx.graph_of(mm)"
+        )
+
+
+def refuse_without_call() -> NoReturn:
+    """Raise where no call is known that Dynamo could capture, or that shows what a model's own Python links."""
+    raise CaptureError(
+        "Dynamo captures a call, and blocks between which Python looks at values are found in one: pass "
+        "example_inputs= as the model's forward takes them"
+    )
 
 
 def is_guarded(module: nn.Module) -> bool:

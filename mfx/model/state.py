@@ -10,13 +10,14 @@ Known limits: forward hooks on modules that the capture entered do not run (a wa
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
-from torch import fx, nn
+from torch import nn
 
 from mfx.capture import Call, Captured, as_call, capture_dynamo, capture_symbolic, default_form, named_modules, prove
 from mfx.capture.call import Form, refuse_strided
@@ -26,8 +27,9 @@ from mfx.compile.live import Live, new_token
 from mfx.errors import CaptureError, HookWarning, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
-from mfx.model.parts import refuse_replaced, refuse_replica
-from mfx.options import Gamma, Options, check_gamma, refuse_gamma
+from mfx.model.linked import Links
+from mfx.model.parts import refuse_replaced, refuse_replica, refuse_symbols, refuse_without_call
+from mfx.options import Gamma, Options, check_gamma, gamma_of, refuse_gamma
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
@@ -51,12 +53,11 @@ class Entry:
 class Momentum:
     """What makes a model a momentumized one.
 
-    ``method`` of the model is what its graphs stand for; ``guarded`` are other methods that run a part of that, and
-    ``inner`` the modules that do (:func:`mfx.model.parts.guarded_in`).
+    ``method`` of it is what its graphs stand for; ``guarded`` methods and ``inner`` modules run a part of that.
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token``, ``stamp`` and ``compiled`` are those of :class:`mfx.compile.live.Traceable`; ``holders`` are the modules
-    that have it.
+    that have it; ``links`` are what it has in common with others.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Momentum:
         self.method = method
         self.guarded: tuple[str, ...] = ()
         self.inner: dict[str, tuple[str, ...]] = {}
-        self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
+        self.chains: tuple[tuple[str, ...], ...] | None = None
         self.entries: list[Entry] = []
         self.decisive: set[Any] = set()
         self.hooked: set[str] = set()
         self.recorded: list[Call] | None = None
-        self.token, self.stamp = new_token(), ""
+        self.token, self.stamp, self.links = new_token(), "", Links()
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
 
@@ -85,9 +86,9 @@ class Momentum:
         self.__dict__.update(state, token=new_token(), compiled=WeakSet(), holders=WeakSet())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
-        twin = Momentum(self.original, self.options, self.place, self.method)
+        twin = type(self)(self.original, self.options, self.place, self.method)
         twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
-        twin.chains, twin.places = self.chains, self.places
+        twin.chains, twin.places, twin.links = self.chains, self.places, copy.deepcopy(self.links, memo)
         return twin
 
     @property
@@ -103,6 +104,8 @@ class Momentum:
     def note_moving(self) -> None:
         """Note which blocks are another function than the model's own."""
         self.stamp = " ".join(name for name in self.blocks() if self.options.moves(name))
+        if self.linked:
+            self.links.note(self.place.prefix, [gamma_of(self.options.gamma, name) for name in self.blocks()])
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -140,6 +143,11 @@ class Momentum:
         """The names of each chain's blocks, once the model has been captured."""
         return self.chains
 
+    @property
+    def linked(self) -> bool:
+        """Whether the model's own Python joins its chains to those of others."""
+        return self.links.scope is not None
+
     def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
         """The modules that give velocities and gammas, one for each chain."""
         return {name: list(root._modules[name].children()) for name in ADDED if name in root._modules}  # type: ignore[union-attr]
@@ -152,10 +160,8 @@ class Momentum:
             self.recorded.append(call)
             with following(self):
                 return self.function(root, *args, **kwargs)
-        if any(isinstance(leaf, fx.Proxy) for leaf in call.leaves):
-            who = f"{self.original.__name__} is momentumized and"
-            raise CaptureError(f"{who} cannot be traced symbolically: take mfx.graph_of(mm)")
-        with switched_off(root):
+        refuse_symbols(self.original, call)
+        with switched_off(root), self.links.within(self.place.prefix):
             entry = self.entry(root, call)
             self.warn_of_hooks(entry, stacklevel=2)
             return entry.run(root, call)
@@ -181,8 +187,7 @@ class Momentum:
 
     def _entry(self, root: nn.Module, call: Call) -> Entry:
         held = None
-        for place in range(len(self.entries) - 1, -1, -1):
-            entry = self.entries[place]
+        for place, entry in reversed([*enumerate(self.entries)]):
             if (entry.proven or self.options.capture != "dynamo") and entry.captured.holds(root, call):
                 held = self.entries.pop(place)
                 if held.proven:
@@ -201,10 +206,7 @@ class Momentum:
             with switched_off(root):
                 return self.entry(root, as_call(example_inputs))
 
-        def by_dynamo() -> Entry:
-            raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
-
-        return self._by(lambda: self.capture_form(root, default_form(self.function)), by_dynamo)
+        return self._by(lambda: self.capture_form(root, default_form(self.function)), refuse_without_call)
 
     def capture_form(self, root: nn.Module, form: Form, call: Call | None = None) -> Entry:
         """The graph of calls of ``form``, of which ``call`` may be one that gives shapes, by symbolic tracing."""
@@ -289,13 +291,10 @@ class Momentum:
         return planned
 
     def _add(self, entry: Entry) -> Entry:
-        self._same_chains(entry)
-        self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
-        return entry
-
-    def _same_chains(self, entry: Entry) -> None:
         """A model must compute one function: chains that differ from the first capture's are an error."""
         places = entry.passed.plan.places
         if self.chains is None:
             self.expect(entry.passed.plan.names, places)
         refuse_other_places(self.places, places)
+        self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
+        return entry

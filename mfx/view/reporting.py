@@ -7,7 +7,7 @@ rewritten one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,9 @@ from mfx.model.conversion import check_model, require_inputs
 from mfx.model.outlook import Outlook, outlooks
 from mfx.options import Budget, Gamma, Optimizer, Patterns, RuleName, Velocity, check_optimizer, make_options
 from mfx.plan import Chain, Plan
-from mfx.view.chained import activation_bytes, chain_rows
+from mfx.view.chained import activation_bytes, chain_rows, link_rows
 from mfx.view.footprint import Peaks, StepMemory, peaks_of, step_memory
-from mfx.view.rows import Memory, Report, Row, SegmentRow
+from mfx.view.rows import ChainRow, Memory, Report, Row, SegmentRow
 
 
 def report(
@@ -107,10 +107,13 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     """The report on what was captured of a model of this class, which holds what is ``owned``."""
     seen = [_seen(outlook) for outlook in found.values()]
     rows = [row for one in seen for row in _rows(one)]
-    chains = tuple(row for one in seen for row in chain_rows(one.found, one.plan, one.sizes, one.peaks))
-    memories = [_memory(outlook, one) for outlook, one in zip(found.values(), seen, strict=True)]
+    own = [chain_rows(one.found, one.plan, one.sizes, one.peaks) for one in seen]
+    links = link_rows(list(found.values()), own)
+    chains = tuple(row for outlook, rows in zip(found.values(), own, strict=True) for row in _told(outlook, rows))
+    memories = [_memory(*each) for each in zip(found.values(), seen, own, strict=True)]
     known = [memory for memory in memories if memory is not None]
-    memory = Memory(sum(one.before for one in known), sum(one.after for one in known)) if known else None
+    linked = sum(link.state_bytes or 0 for link in links)
+    memory = Memory(sum(one.before for one in known), sum(one.after for one in known) + linked) if known else None
     graph = nx.compose_all([_block_graph(rows, one.found) for one in seen])
     segments = tuple(_segment_row(index, one) for one in seen for index in range(len(one.plan.segments)))
     forecasts = [one.plan.forecast for one in seen if one.plan.forecast is not None]
@@ -118,7 +121,7 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     step = None if owned is None else _step(found, seen, owned)
     options = next(iter(found.values())).momentum.options
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
-    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout)
+    return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, options.readout, links)
 
 
 def _step(found: Mapping[str, Outlook], seen: list[_Seen], owned: Owned) -> StepMemory:
@@ -142,12 +145,19 @@ def _seen(outlook: Outlook) -> _Seen:
     return _Seen(outlook.entry.passed.found, outlook.entry.passed.plan, sizes, *peaks_of(outlook))
 
 
-def _memory(outlook: Outlook, seen: _Seen) -> Memory | None:
-    """Bytes kept for backward, as fake tensors predict them."""
+def _told(outlook: Outlook, rows: Sequence[ChainRow]) -> list[ChainRow]:
+    """The rows of an outlook's chains, which say so where these are linked."""
+    return [replace(row, linked=outlook.scope is not None) for row in rows]
+
+
+def _memory(outlook: Outlook, seen: _Seen, rows: Sequence[ChainRow]) -> Memory | None:
+    """Bytes kept for backward, as fake tensors predict them; without the states of linked chains."""
     if outlook.call is None or not seen.sizes:
         return None
     inputs = outlook.entry.captured.inputs(outlook.mm, outlook.call)
     after = Fake(outlook.mm, inputs).kept_bytes(outlook.entry.passed.rewritten.run)
+    if outlook.scope is not None:
+        after = max(0, after - sum(row.state_bytes or 0 for row in rows))
     return Memory(sum(seen.sizes.values()), after)
 
 

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
+from mfx.view.linking import LinkRow
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ChainRow:
     bit), ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
     FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
-    ``stored`` says why the chain keeps its activations, if it does.
+    ``stored`` says why the chain keeps its activations, if it does.  A ``linked`` chain has its state in common with
+    others (:class:`LinkRow`), so that nothing is said here of what it costs.
     """
 
     index: int
@@ -72,11 +74,12 @@ class ChainRow:
     checkpoint_bytes: int | None = None
     work: float | None = None
     free: bool = False
+    linked: bool = False
 
     @property
     def advice(self) -> str:
         """What does better: ``"keep"``, ``"checkpoint"`` or ``"reverse"``; empty where that is not known."""
-        if self.state_bytes is None or self.checkpoint_bytes is None or self.snapshots is None:
+        if self.linked or self.state_bytes is None or self.checkpoint_bytes is None or self.snapshots is None:
             return ""
         if self.free or not self.pays:
             return "keep"
@@ -131,6 +134,7 @@ class Report:
     captured in parts).  ``step`` is all that a training step has alive, with example inputs or an optimizer.
     ``readout`` is what chains hand out.
     ``sums`` are those that are no residual adds (of rotary embeddings, say); the table leaves them out.
+    ``links`` has a row for chains that the model's own Python joins, where that cannot be captured.
     """
 
     model: str
@@ -143,6 +147,7 @@ class Report:
     step: StepMemory | None = None
     sums: tuple[Row, ...] = ()
     readout: str = "x"
+    links: tuple[LinkRow, ...] = ()
 
     @property
     def rewritable(self) -> list[str]:
@@ -163,6 +168,7 @@ class Report:
             "step": None if self.step is None else asdict(self.step),
             "readout": self.readout,
             "sums": [_jsonable(asdict(row)) for row in self.sums],
+            "links": [_jsonable(asdict(row)) for row in self.links],
         }
 
     def to_networkx(self) -> nx.DiGraph:
@@ -186,7 +192,8 @@ class Report:
         if whole:
             yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
-            yield from _chain_lines(chain)
+            yield from () if chain.linked else _chain_lines(chain)
+        yield from (link.line for link in self.links)
         yield from _lag_lines(self.chains, self.readout)
         if self.memory is not None:
             before, after = self.memory.before, self.memory.after
