@@ -117,6 +117,7 @@ def stored(
 
 
 def copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:
+    """What is handed out, with copies in the place of what somebody outside writes to."""
     return tuple(v.clone() if n in chain.copied and isinstance(v, Tensor) else v for n, v in enumerate(values))
 
 
