@@ -46,6 +46,15 @@ class BackwardError(MfxError, RuntimeError):
     """A gradient was asked for that the reversible backward cannot give rightly."""
 
 
+def changed_in_place(what: str, said: object = "") -> BackwardError:
+    """The error for ``what`` was changed between forward and backward; ``said`` is autograd's own text."""
+    return BackwardError(
+        f"{what} was changed in place between forward and backward, so the chain cannot be run backwards as it "
+        "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
+        "stored" + (f". From autograd: {said}" if said else "")
+    )
+
+
 class CompileError(MfxError, RuntimeError):
     """A compiler was given, or would make, something that the pass cannot turn into the same function."""
 

@@ -62,17 +62,20 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
         self.owner: object = None
         self._apart = {_storage(tensor) for tensor in apart}
         self._held: WeakSet[_Held] = WeakSet()
+        self._aside: WeakSet[Any] = WeakSet()
         self._order = count()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
 
     def __enter__(self) -> KeptBytes:
         self._hooks.__enter__()
+        _counting.append(self._aside)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, value, trace)
+        _counting.remove(self._aside)
 
     def _pack(self, tensor: torch.Tensor) -> _Held:
         # Without its history: a node that saves its own result would be held by what it holds, for ever.
@@ -80,11 +83,15 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
         self._held.add(held)
         return held
 
+    def _beside(self) -> list[torch.Tensor]:
+        return [tensor for holder in self._aside for tensor in holder.tensors]
+
     def by_owner(self) -> dict[object, int]:
         """Bytes kept, for each owner; a storage belongs to the one that saved it first."""
         sizes: dict[object, int] = {}
         seen = set(self._apart)
-        for held in sorted(self._held, key=lambda held: held.order):
+        aside = [_Held(tensor, None, -1) for tensor in self._beside()]
+        for held in sorted([*self._held, *aside], key=lambda held: held.order):
             storage = _storage(held.tensor)
             if storage not in seen:
                 seen.add(storage)
@@ -94,9 +101,18 @@ class KeptBytes(AbstractContextManager["KeptBytes"]):
 
     def total(self, also: Iterable[torch.Tensor] = ()) -> int:
         """Bytes kept in all; with those of the tensors ``also`` that are not among them."""
-        seen = self._apart | {_storage(held.tensor) for held in self._held}
+        seen = self._apart | {_storage(held.tensor) for held in self._held} | {*map(_storage, self._beside())}
         others = {_storage(tensor): values_of(tensor).untyped_storage().nbytes() for tensor in also}
         return sum(self.by_owner().values()) + sum(size for storage, size in others.items() if storage not in seen)
+
+
+_counting: list[WeakSet[Any]] = []
+
+
+def kept_aside(holder: Any) -> None:
+    """Count what ``holder.tensors`` are then, wherever kept bytes are counted: no saved tensors, but kept as such."""
+    for aside in _counting:
+        aside.add(holder)
 
 
 def kept_bytes(model: nn.Module, inputs: Iterable[torch.Tensor], forward: Callable[[], Any]) -> tuple[int, Any]:

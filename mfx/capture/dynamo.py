@@ -34,12 +34,9 @@ from torch import fx, nn
 from mfx.capture.call import Call, Run
 from mfx.capture.exported import Sizes, beside_export, is_exporting
 from mfx.capture.frozen import generators_kept
-from mfx.capture.lifted import mark, note_modes, note_shape
-from mfx.capture.named import Called, recording, sharded_within
-from mfx.capture.tracer import Constant
+from mfx.capture.lifted import mark, note_modes, note_shape, relative
+from mfx.capture.named import recording, sharded_within
 from mfx.errors import CaptureError
-from mfx.graph.dataflow import get_attribute
-from mfx.graph.notes import LIFTED, SCOPE
 from mfx.graph.splice import drop_dead
 from mfx.sharding import unsharded, whole_parameters
 from mfx.torch_versions import dynamo, source_name, source_of
@@ -167,7 +164,7 @@ def _captured(
             raise _explain(error, root) from error
     placeholders = gm.graph.find_nodes(op="placeholder")
     granted = Sizes.of(placeholders, output.graph_capture_output.output_graph.shape_env) if is_exporting() else None
-    graph, taken = _relative(gm, kinds)
+    graph, taken = relative(gm, kinds)
     drop_dead(graph, root)
     graph.lint()
     running: list[Run] = []
@@ -220,39 +217,6 @@ def _evaluate(source: Any, scope: dict[str, Any]) -> Any:
         return eval(source_name(source), scope) if source is not None else None
     except Exception:
         return None
-
-
-def _relative(gm: fx.GraphModule, kinds: dict[fx.Node, tuple[str, str]]) -> tuple[fx.Graph, tuple[int, ...]]:
-    """The graph with the model's own tensors by path, and which of the original's inputs it takes."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    constants: dict[str, Constant] = {}
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    taken = tuple(index for index, node in enumerate(placeholders) if node not in kinds)
-    for index in taken:
-        env[placeholders[index]] = graph.node_copy(placeholders[index])
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "get_attr":
-            value = get_attribute(gm, str(node.target))
-            constant = constants.setdefault(str(node.target), Constant(value, len(constants)))
-            env[node] = graph.call_function(constant)
-            env[node].meta = dict(node.meta)
-            continue
-        if isinstance(node.target, Called):
-            node.op, node.target = "call_module", node.target.path
-        # Each reader asks for a tensor of the model itself, as in a traced graph: it belongs to the reader's block.
-        own = {source: _ask(graph, node, source, kinds) for source in node.all_input_nodes if source in kinds}
-        env[node] = graph.node_copy(node, lambda source, own=own: own[source] if source in own else env[source])
-    return graph, taken
-
-
-def _ask(graph: fx.Graph, reader: fx.Node, source: fx.Node, kinds: dict[fx.Node, tuple[str, str]]) -> fx.Node:
-    node = graph.create_node("get_attr", kinds[source][1], (), {}, name=source.name)
-    node.meta = {**source.meta, SCOPE: reader.meta[SCOPE]}
-    node.meta.pop(LIFTED, None)
-    return node
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mfx.capture.named import Called
+from mfx.capture.tracer import Constant
+from mfx.graph.dataflow import get_attribute
 from mfx.graph.notes import DTYPE, DTYPE_KEPT, FRAMES, LIFTED, MODES, RETURNED, SCOPE, SHAPE, Modes, Scope
 from mfx.graph.operations import is_ambient, name_of
 from mfx.memory import shape_of
@@ -184,3 +187,36 @@ def _scopes(
             seen = calls.setdefault(path, {})
             scopes.append(Scope(path, seen.setdefault(chain, len(seen))))
     return tuple(scopes)
+
+
+def relative(gm: fx.GraphModule, kinds: dict[fx.Node, tuple[str, str]]) -> tuple[fx.Graph, tuple[int, ...]]:
+    """The graph with the model's own tensors by path, and which of the original's inputs it takes."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    constants: dict[str, Constant] = {}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    taken = tuple(index for index, node in enumerate(placeholders) if node not in kinds)
+    for index in taken:
+        env[placeholders[index]] = graph.node_copy(placeholders[index])
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            value = get_attribute(gm, str(node.target))
+            constant = constants.setdefault(str(node.target), Constant(value, len(constants)))
+            env[node] = graph.call_function(constant)
+            env[node].meta = dict(node.meta)
+            continue
+        if isinstance(node.target, Called):
+            node.op, node.target = "call_module", node.target.path
+        # Each reader asks for a tensor of the model itself, as in a traced graph: it belongs to the reader's block.
+        own = {source: _ask(graph, node, source, kinds) for source in node.all_input_nodes if source in kinds}
+        env[node] = graph.node_copy(node, lambda source, own=own: own[source] if source in own else env[source])
+    return graph, taken
+
+
+def _ask(graph: fx.Graph, reader: fx.Node, source: fx.Node, kinds: dict[fx.Node, tuple[str, str]]) -> fx.Node:
+    node = graph.create_node("get_attr", kinds[source][1], (), {}, name=source.name)
+    node.meta = {**source.meta, SCOPE: reader.meta[SCOPE]}
+    node.meta.pop(LIFTED, None)
+    return node

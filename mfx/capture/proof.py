@@ -1,8 +1,7 @@
 """Proof: whether a captured graph runs what the model's own forward runs, operation by operation (M12).
 
-1. The model's own forward and the captured graph run on fake tensors of a call's inputs, parameters and buffers, under
-   a dispatch mode that logs each operation below autograd and autocast: its name, numbers and operands, the shapes and
-   dtypes of its results, grad mode and autocast; and each custom Function by name.
+1. The model's own forward and the graph run on fake tensors under a dispatch mode that logs each operation below
+   autograd: its name and operands, the shapes and dtypes of its results, the modes; and each custom Function by name.
 2. A value is known by where it comes from: an input, a parameter, the result of an operation.  So logs that agree
    compute the same from the same.  The first difference refuses the capture.
 3. Left out are operations whose results nobody uses, and those on constants alone: a capture runs them once.  They run
@@ -10,8 +9,7 @@
 4. Where fake tensors do not do (shapes that depend on values, foreign kernels) both run on the real inputs, with the
    generators, buffers and attributes of the model put back.
 
-Known limits: it says what is so for one call; what may be otherwise in another is for the guards.  What a forward does
-beside operations on tensors (printing, lists outside of the model) it does once more.
+Known limits: it is about one call; others are for the guards.  What a forward does beside tensors it does once more.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from mfx.capture.call import Call
 from mfx.capture.frozen import apart, remembered, restore
 from mfx.capture.symbolic import SymbolicCapture
 from mfx.capture.tracer import following
-from mfx.capture.values import functions_kept
+from mfx.capture.values import Otherwise, functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
 from mfx.graph.shapes import Fake, Interpreter, Real, asking
@@ -75,7 +73,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
         with apart(root):
             try:
                 logs = proof.logs(_fake(root, inputs))
-            except CaptureError:
+            except (CaptureError, Otherwise):
                 raise
             except Exception:
                 if symbolic or sharded:
@@ -113,6 +111,8 @@ class _Proof:
         restore(before)
         try:
             return own, self._log(place, lambda log: self.graph(place, log))
+        except Otherwise:
+            raise
         except Exception as error:
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise _refusal(self.root, f"the model runs to its end\n    the graph stops with {said}") from error
@@ -270,10 +270,10 @@ def _same_row(mine: _Row, theirs: _Row) -> bool:
 def _same(mine: Any, theirs: Any) -> bool:
     if type(mine) is not type(theirs):
         return False
-    if not isinstance(mine, torch.Tensor):
-        return mine is theirs or (mine == theirs and repr(mine) == repr(theirs)) or repr(mine) == repr(theirs) == "nan"
     if mine is theirs:
         return True
+    if not isinstance(mine, torch.Tensor):
+        return (mine == theirs and repr(mine) == repr(theirs)) or repr(mine) == repr(theirs) == "nan"
     kind = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)
     return kind and bool(((mine == theirs) | ((mine != mine) & (theirs != theirs))).all())
 

@@ -68,6 +68,7 @@ class SymbolicCapture:
     calls: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     sizes: Mapping[fx.Node, int] = field(default_factory=dict)
+    answers: tuple[bool, ...] | None = None
 
     @property
     def hooked(self) -> tuple[str, ...]:
@@ -94,6 +95,7 @@ def capture_symbolic(
     named: Named = MappingProxyType({}),
     called: Collection[int] = (),
     held: Callable[[], Iterable[Any]] = tuple,
+    answers: tuple[bool, ...] | None = None,
 ) -> SymbolicCapture:
     """Trace ``forward(model, ...)`` for calls of ``form``.
 
@@ -104,6 +106,7 @@ def capture_symbolic(
         named: modules whose calls are left as one node and marked.
         called: the ids of others whose calls are left as one node.
         held: gives the values that the caller has noted by then.
+        answers: see :class:`mfx.capture.tracer.Tracer`.
 
     Raises:
         CaptureError: the model's Python cannot be followed; says where and why.
@@ -119,6 +122,7 @@ def capture_symbolic(
     refuse_objects(forward, form)
     tracer = Tracer(entry, _argument_names(forward, form), form.kinds(), named)
     tracer.called_only = called
+    tracer.answers = answers
     with only_new_garbage():
         graph = _trace(tracer, model)
         _refuse_left(tracer, model, held)
@@ -127,7 +131,8 @@ def capture_symbolic(
     entered = tuple((path, module) for path, module in tracer.entered.items() if path)
     forms = {path: call_form(args, kwargs) for path, (args, kwargs) in tracer.momentumized.items()}
     guards = Guards.of(tracer)
-    return SymbolicCapture(graph, form, Modes.current(), guards, specs[0], entered, tracer.calls, forms)
+    modes = Modes.current()
+    return SymbolicCapture(graph, form, modes, guards, specs[0], entered, tracer.calls, forms, answers=answers)
 
 
 def with_sizes(captured: SymbolicCapture, model: nn.Module, call: Call) -> SymbolicCapture:

@@ -5,17 +5,14 @@ Beyond :class:`torch.fx.Tracer`:
 1. every node carries its :class:`Scope` (module path and call number), and the value that a module's
    forward returns is marked with the call it leaves;
 2. parameters *and* buffers are ``get_attr`` nodes, so neither is frozen into the graph;
-3. tensor factories take symbolic sizes, dtypes and devices, and random factories are always recorded:
-   a draw is never frozen into the graph;
+3. factories take symbolic sizes, dtypes and devices, and random ones are always recorded: no draw is frozen;
 4. constants met on the way are held by the graph, not written into the model;
 5. ``x += y`` is recorded as a write to x;
 6. forward hooks of entered modules do not run (they would see symbolic values);
 7. every node carries the grad mode and autocast state that it ran under (:class:`mfx.graph.notes.Modes`);
-8. custom autograd Functions are one node each, and values that are tensors are tensors to ``isinstance``
-   (:mod:`mfx.capture.values`).
+8. custom autograd Functions are one node each; tensors are tensors to ``isinstance`` (:mod:`mfx.capture.values`).
 
 Known limits: control flow that depends on a tensor's value or shape cannot be followed.
-
 Source: torch/fx/_symbolic_trace.py; the factory patching follows the idea of Hugging Face's tracer.
 """
 
@@ -36,7 +33,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from mfx.capture.values import applied, functions_kept, tensors_to_isinstance
+from mfx.capture.values import answer_if_finite, answered, applied, functions_kept, tensors_to_isinstance
 from mfx.errors import CaptureError
 from mfx.graph import operations
 from mfx.graph.draws import RANDOM
@@ -56,8 +53,6 @@ _CONTAINERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-
-
 _PASSED_BY = (__file__, *map(inspect.getfile, (fx.Proxy, fx.Tracer, nn.Module)))
 
 
@@ -99,10 +94,13 @@ def follower() -> object:
 class Tracer(fx.Tracer):
     """Traces ``forward(root, *proxies)``; modules in ``named`` (path by id) and ``called_only`` (ids) are taken whole.
 
-    ``arguments`` and ``kinds`` are the names and types of the proxies: tensors, and numbers that may vary.
+    ``arguments`` and ``kinds`` are the names and types of the proxies: tensors, and numbers that may vary; ``answers``
+    the first to questions whether values are finite, if such may be asked.  Further ones get that of finite values.
     """
 
     proxy_buffer_attributes = True
+    answers: tuple[bool, ...] | None = None
+    asked: tuple[bool, ...] = ()
 
     def __init__(
         self, entry: Callable[..., Any], arguments: list[str], kinds: list[type], named: Mapping[int, str]
@@ -152,6 +150,13 @@ class Tracer(fx.Tracer):
         if id(m) in self.named or id(m) in self.called_only or STATE in m.__dict__:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _CONTAINERS)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.answers is None or (usual := answer_if_finite(obj.node)) is None:
+            return super().to_bool(obj)
+        self.asked += (*self.answers, usual)[min(len(self.asked), len(self.answers)) :][:1]
+        self.create_proxy("call_function", answered, (obj, self.asked), {})
+        return self.asked[-1]
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)

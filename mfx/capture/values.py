@@ -25,10 +25,10 @@ from torch import fx, nn
 from torch.autograd.function import Function, FunctionMeta
 from torch.utils.checkpoint import CheckpointFunction
 
-from mfx.errors import CaptureError
+from mfx.errors import CaptureError, MfxError
 from mfx.graph import operations
 from mfx.graph.notes import NUMBER, STATE
-from mfx.torch_versions import pytree
+from mfx.torch_versions import FakeTensor, pytree
 
 Handler = Callable[[type[Function], bool, tuple[Any, ...], Callable[[], Any]], Any]
 """``handler(function, grad, args, run)``: the value of ``function.apply(*args)``, called under the grad mode ``grad``;
@@ -223,3 +223,28 @@ def _differs(value: Any, before: Any) -> bool:
     if isinstance(value, set):
         return value != before
     return len(value) != len(before) or any(mine is not theirs for mine, theirs in zip(value, before, strict=True))
+
+
+class Otherwise(MfxError):
+    """A question of the model's Python has another answer in this call than in the graph; ``answers`` up to it."""
+
+    def __init__(self, answers: tuple[bool, ...]) -> None:
+        super().__init__(f"values are finite where they were not, or the reverse: {answers}")
+        self.answers = answers
+
+
+def answered(value: Any, answers: tuple[bool, ...]) -> None:
+    """In a graph: the model's Python asked for the truth of ``value``, and got the last of ``answers``."""
+    if not isinstance(value, FakeTensor) and bool(value) != answers[-1]:
+        raise Otherwise((*answers[:-1], not answers[-1]))
+
+
+def answer_if_finite(node: fx.Node) -> bool | None:
+    """The truth of a value if all numbers are finite, where that is all it depends on."""
+    name = getattr(node.target, "__name__", node.target)
+    if name in ("isfinite", "isinf", "isnan"):
+        return name == "isfinite"
+    if name in ("all", "any", "bool", "logical_not") and len(node.all_input_nodes) == 1:
+        inner = answer_if_finite(node.all_input_nodes[0])
+        return not inner if inner is not None and name == "logical_not" else inner
+    return None

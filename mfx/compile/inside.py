@@ -136,6 +136,11 @@ def _enter(context: Any) -> None:
     output = _output(context)
     root, momentum = _local(context, "root"), _local(context, "momentum")
     name = type(root).__name__
+    if momentum.linked:
+        raise EntryError(
+            f"{name} is one of the blocks that its model's own Python runs as a chain of momentum steps; compiled by "
+            "itself it would run without the chain's velocity. Compile the model: what links the blocks runs eagerly"
+        )
     if output.current_tracer is not output.root_tracer:
         raise CompileError(
             f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "

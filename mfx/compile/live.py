@@ -25,7 +25,8 @@ class Traceable(Protocol):
 
     ``token`` is a text of its own for each model and each change of its options but for gamma: compiled code is used
     only for the one it was made for.  ``stamp`` names the blocks whose gamma is not 0; ``places`` are
-    those of the first plan, ``compiled`` the chains that were compiled.
+    those of the first plan, ``compiled`` the chains that were compiled.  ``linked``: it is a part that others go on
+    from, or it from them, as the model's own Python runs them.
     """
 
     options: Options
@@ -34,6 +35,9 @@ class Traceable(Protocol):
     place: Place
     places: dict[str, tuple[str, ...]]
     compiled: WeakSet[Live]
+
+    @property
+    def linked(self) -> bool: ...
 
     def expected(self) -> tuple[tuple[str, ...], ...] | None:
         """The names of each chain's blocks, where they are known."""

@@ -51,6 +51,8 @@ REGION = "mfx_region"
 
 STATE = "_mfx"
 """Attribute of a module: its momentum side (:mod:`mfx.model.parts`); such a module is always taken whole."""
+LINKS = "_mfx_links"
+"""Attribute of a module whose own Python links the parts in it (:mod:`mfx.model.linked`): what they have in common."""
 GUARD = "_mfx_guard"
 """Attribute of the class of a module inside of a captured part: what it runs a part of (:mod:`mfx.model.inner`)."""
 VELOCITY, GAMMA = "momentum_velocity", "momentum_gamma"

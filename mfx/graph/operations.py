@@ -95,7 +95,7 @@ def is_shape_query(node: fx.Node) -> bool:
 
 def is_assertion(node: fx.Node) -> bool:
     """Whether the node only checks something."""
-    return node.op == "call_function" and name_of(node) in ("_assert", "_assert_async", "_check")
+    return node.op == "call_function" and name_of(node) in ("_assert", "_assert_async", "_check", "answered")
 
 
 def is_noop(node: fx.Node, root: nn.Module) -> bool:

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from mfx.capture import Call, as_call
 from mfx.errors import CaptureError, InputTypeError, NothingRewrittenWarning, OptionError
 from mfx.graph.notes import STATE
 from mfx.model.generated import guarded, shallow_copy
 from mfx.model.inner import guard_below
-from mfx.model.outlook import Outlook, outlooks
-from mfx.model.owners import guarded_methods, with_shells
+from mfx.model.linked.building import Part, linked_model
+from mfx.model.outlook import Outlook, outlooks, refuse_unplanned
+from mfx.model.owners import guarded_methods, side_of, with_shells
 from mfx.model.parts import parts_of
 from mfx.model.saved import EXAMPLE, form_of, saving_methods
 from mfx.model.state import Momentum
@@ -123,12 +125,16 @@ def momentumize(
     _warn_if_nothing(found, type(model).__name__)
     for path, part in parts_of(mm).items():
         if isinstance(part, Momentum):
-            part.warn_of_hooks(mm.get_submodule(path), part.latest_entry(), stacklevel=2)
+            part.hooked.tell(mm.get_submodule(path), part.latest_entry().captured.hooked, stacklevel=2)
     return mm
 
 
 def _made_of(model: Model, found: Mapping[str, Outlook], budget: int | float | None, example_inputs: Any) -> Model:
     """The momentumized model: with shells where that is possible, else captured whole."""
+    scopes = sorted({outlook.scope for outlook in found.values() if outlook.scope is not None})
+    if scopes:
+        refuse_unplanned(replace(next(iter(found.values())).momentum.options, activation_budget=budget), scopes)
+        return _linked(model, found, as_call(example_inputs))
     options = replace(next(iter(found.values())).momentum.options, activation_budget=budget)
     whole = found.get("")
     # A budget is for all that a step keeps, so where it can be had one graph of the whole is what is planned.
@@ -138,16 +144,34 @@ def _made_of(model: Model, found: Mapping[str, Outlook], budget: int | float | N
         if mm is not None:
             return mm
     if whole is None:
-        raise CaptureError(
-            f"{type(model).__name__} can be followed in parts only ({', '.join(found)}), and reaches them otherwise "
-            "than by its children: momentumize these, each in its place (model.part = mfx.momentumize(model.part))"
-        )
+        raise _unreached(model, found)
     guarded(whole.mm, guarded_methods(type(model), whole.entry.passed.plan.chains))
     guard_below(whole.mm, whole.momentum, example_inputs)
     whole.momentum.set_options(options)  # the budget last: nothing is planned within it twice
     if budget is not None:
         whole.momentum.first(whole.mm, example_inputs)
     return whole.mm  # type: ignore[return-value]
+
+
+def _linked(model: Model, found: Mapping[str, Outlook], call: Call) -> Model:
+    """The momentumized model, whose own Python links the parts that were found."""
+    parts: dict[str, Part] = {}
+    for path, outlook in found.items():
+        owner, before = model.get_submodule(path), outlook.momentum
+        side = side_of(owner, path, "forward", outlook.entry, before.options, type(before))
+        assert outlook.call is not None
+        parts[path] = Part(side, outlook.call, outlook.count, outlook.scope)
+    mm = linked_model(model, parts, call)
+    if mm is None:
+        raise _unreached(model, found)
+    return mm
+
+
+def _unreached(model: nn.Module, found: Mapping[str, Outlook]) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__} can be followed in parts only ({', '.join(found)}), and reaches them otherwise "
+        "than by its children: momentumize these, each in its place (model.part = mfx.momentumize(model.part))"
+    )
 
 
 def require_inputs(options: Options, example_inputs: Any) -> None:
@@ -166,7 +190,7 @@ def momentum_version(model: Model, options: Options) -> Model:
     momentum = Momentum(type(model), options)
     mm = shallow_copy(model, momentum)
     try:
-        momentum.warn_of_hooks(mm, momentum.first(mm, None), stacklevel=4)
+        momentum.hooked.tell(mm, momentum.first(mm, None).captured.hooked, stacklevel=4)
     except CaptureError:
         if options.capture == "fx":
             raise

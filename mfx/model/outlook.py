@@ -1,46 +1,57 @@
 """Outlook: what a capture of a model shows before anything is made of it; of the whole, or of the parts it allows.
 
 1. The model is captured whole.
-2. Where its Python cannot be followed into one graph, it is run on the example once, as it is; each module's call is
-   noted.  From the outside inwards, modules are captured for their call, and of those that can be, the ones with chains
-   count.
+2. Where its Python cannot be followed into one graph, it is run on the example once, as it is; each module's calls are
+   noted (:mod:`mfx.model.linked.traffic`).  From the outside inwards, modules are captured for their call, and of those
+   that can be, the ones with chains count.  A module that the run did not come to is captured for the call of another
+   of its class beside it.
+3. A chain that goes on from one part to the next, or from a part to itself, through Python that cannot be captured, is
+   linked while that runs (:mod:`mfx.model.linked`).
 
-3. A chain that would go on from one part to the next, were it not for the Python between, is refused: each part starts
-   with a new velocity, so the model would be another function.
-
-Known limits: a part whose forward ran more than once in the example is passed by.
+Known limits: where nothing is linked, a part whose forward ran more than once in the example is passed by.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from mfx.capture import Call, as_call
+from mfx.capture.values import Otherwise
 from mfx.errors import CaptureError
 from mfx.find.whole.layers import layers_of
 from mfx.graph.notes import GAMMA, STATE, VELOCITY
 from mfx.model.generated import shallow_copy
-from mfx.model.owners import untouched
+from mfx.model.linked.deciding import Deciding
+from mfx.model.linked.linkage import scopes_of
+from mfx.model.linked.traffic import Traffic, traffic_within
 from mfx.model.state import Entry, Momentum
 from mfx.options import Options, check_patterns
 from mfx.pipeline import Place
+from mfx.plan import Chain
 from mfx.rule.gammas import Given
-from mfx.torch_versions import pytree
 
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """One captured module, momentumized, with its first graph and the call that this is for, if one is known."""
+    """One captured module, momentumized, with its first graph and the call that this is for, if one is known.
+
+    It ran ``count`` times in the example; ``scope`` is the path of the module whose Python links its chains to others.
+    """
 
     mm: nn.Module
     entry: Entry
     call: Call | None
+    count: int = 1
+    scope: str | None = None
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The chains in it."""
+        return self.entry.passed.plan.chains
 
     @property
     def momentum(self) -> Momentum:
@@ -62,14 +73,45 @@ def outlooks(model: nn.Module, options: Options, example_inputs: Any) -> dict[st
             raise
         refused = error
     try:
-        traffic = _traffic_within(model, as_call(example_inputs))
+        traffic = traffic_within(model, as_call(example_inputs))
     except Exception as error:
         raise refused from error  # the example is no call that can be run (shapes alone, say)
-    found = _parts(model, options, traffic)
-    if not found or _are_linked(found, traffic):
+    found, alike = _parts(model, options, traffic)
+    scopes = scopes_of(
+        {path: (one.mm, one.entry) for path, one in found.items()}, traffic.calls, traffic.outputs, alike
+    )
+    found = {
+        path: replace(one, scope=scopes.get(path)) for path, one in found.items() if path in scopes or one.count == 1
+    }
+    if not found:
         raise refused
+    if scopes:
+        refuse_unplanned(options, sorted(set(scopes.values())))
     _check_patterns(found, options)
     return found
+
+
+def refuse_unplanned(options: Options, scopes: list[str]) -> None:
+    """Raise for what needs to be known before a call whose Python decides where chains begin and end."""
+    if options.velocity != "zero":
+        raise CaptureError(
+            f"the Python of {_shown(scopes)} decides in each call which blocks follow one another, so where a chain "
+            f"begins is not known beforehand, and velocity={options.velocity!r} cannot be planned: use velocity='zero'"
+        )
+    if options.rule is not None or options.readout != "x":
+        raise CaptureError(
+            f"the Python of {_shown(scopes)} decides in each call which blocks follow one another; chains that it "
+            "joins run by momentum alone (gamma=) and hand out x: leave rule= and readout= out"
+        )
+    if options.activation_budget is not None:
+        raise CaptureError(
+            f"the Python of {_shown(scopes)} decides in each call which blocks run, so what a step keeps is not known "
+            "beforehand: leave activation_budget= out"
+        )
+
+
+def _shown(scopes: list[str]) -> str:
+    return ", ".join(scope or "the model's forward" for scope in scopes)
 
 
 def _whole(model: nn.Module, options: Options, example_inputs: Any) -> Outlook:
@@ -85,88 +127,49 @@ def _whole(model: nn.Module, options: Options, example_inputs: Any) -> Outlook:
     return Outlook(mm, entry, None if example_inputs is None else as_call(example_inputs))
 
 
-@dataclass(frozen=True, eq=False)
-class _Traffic:
-    """What went into and came out of each module in one run of a model."""
-
-    calls: Mapping[str, list[Call]]
-    outputs: Mapping[str, list[Any]]
-
-
-def _are_linked(found: Mapping[str, Outlook], traffic: _Traffic) -> bool:
-    """Whether a chain that ends with one part would go on with another."""
-    ends = [
-        leaf
-        for path, outlook in found.items()
-        if any(user.op == "output" for chain in outlook.entry.passed.plan.chains for user in chain.output.users)
-        for leaf in pytree.tree_leaves(traffic.outputs[path])
-    ]
-    starts = [
-        tensor
-        for path, outlook in found.items()
-        if any(chain.input.op == "placeholder" for chain in outlook.entry.passed.plan.chains)
-        for tensor in traffic.calls[path][0].tensors
-    ]
-    return any(end is start for end in ends for start in starts)
-
-
-def _parts(model: nn.Module, options: Options, traffic: _Traffic) -> dict[str, Outlook]:
-    """The outermost modules that can be captured and have chains."""
-    calls = traffic.calls
+def _parts(model: nn.Module, options: Options, traffic: Traffic) -> tuple[dict[str, Outlook], dict[str, str]]:
+    """The outermost modules that can be captured and have chains; and of those not called, which stands for them."""
     found: dict[str, Outlook] = {}
+    alike: dict[str, str] = {}
+
+    def taken(module: nn.Module, path: str, calls: Sequence[Call]) -> bool:
+        """Whether the module can be captured; if it has chains it is found."""
+        count = sum(len(outlook.entry.passed.plan.chains) for outlook in found.values())
+        outlook = _part(module, path, count, options, calls) if calls else None
+        if outlook is not None and outlook.entry.passed.plan.chains:
+            found[path] = outlook
+        return outlook is not None
 
     def visit(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             here = f"{path}.{name}" if path else name
-            if len(calls.get(here, ())) == 1:
-                count = sum(len(outlook.entry.passed.plan.chains) for outlook in found.values())
-                outlook = _part(child, here, count, options, calls[here][0])
-                if outlook is not None:
-                    if outlook.entry.passed.plan.chains:
-                        found[here] = outlook
-                    continue
-            visit(child, here)
+            if not taken(child, here, traffic.calls.get(here, ())):
+                visit(child, here)
+        for name, child in module.named_children():
+            here = f"{path}.{name}" if path else name
+            beside = (other for other in found if other.rpartition(".")[0] == path)
+            other = next((one for one in beside if type(model.get_submodule(one)) is type(child)), None)
+            calls = () if other is None or traffic.calls.get(here) else traffic.calls[other][:1]
+            if taken(child, here, calls) and here in found and other is not None:
+                alike[here], found[here] = other, replace(found[here], count=0)
 
     visit(model, "")
-    return found
+    return found, alike
 
 
-def _part(module: nn.Module, path: str, first: int, options: Options, call: Call) -> Outlook | None:
-    momentum = Momentum(type(module), replace(options, shapes=True, checked=True), Place(path, first=first))
-    mm = shallow_copy(module, momentum)
-    try:
-        return Outlook(mm, momentum.entry(mm, call), call)
-    except CaptureError:
-        return None
-
-
-def _traffic_within(model: nn.Module, call: Call) -> _Traffic:
-    """The calls of each module, and what they gave, in one run of the model as it is."""
-    calls: dict[str, list[Call]] = {}
-    outputs: dict[str, list[Any]] = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model))
-        for path, module in model.named_modules():
-            stack.enter_context(_noting(module, calls.setdefault(path, []), outputs.setdefault(path, [])))
-        with torch.no_grad():
-            model(*call.args, **call.kwargs)
-    return _Traffic(calls, outputs)
-
-
-@contextlib.contextmanager
-def _noting(module: nn.Module, calls: list[Call], outputs: list[Any]) -> Iterator[None]:
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(Call(args, kwargs))
-
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _part(module: nn.Module, path: str, first: int, options: Options, calls: Sequence[Call]) -> Outlook | None:
+    """The part, if it can be captured; if its Python asks whether values are finite, as it is where they are."""
+    for kind in (Momentum, Deciding):
+        momentum = kind(type(module), replace(options, shapes=True, checked=True), Place(path, first=first))
+        mm = shallow_copy(module, momentum)
+        try:
+            outlook = Outlook(mm, momentum.entry(mm, calls[0]), calls[0], count=len(calls))
+        except (CaptureError, Otherwise):
+            continue
+        # A question about a state inside of a chain would keep that: the parts around it are better linked.
+        if kind is Momentum or not any(chain.taps for chain in outlook.chains):
+            return outlook
+    return None
 
 
 def _check_patterns(found: dict[str, Outlook], options: Options) -> None:

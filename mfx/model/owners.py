@@ -89,7 +89,7 @@ def with_shells(model: Model, captures: Mapping[str, Entry], options: Options, e
             method = common_method(type(owner), chains)
             if not path and method == "forward":
                 return None
-            sides[path] = _side(owner, path, method, entry, options)
+            sides[path] = side_of(owner, path, method, entry, options)
     if not sides:
         return None
     owners = {id(model.get_submodule(path)): side for path, side in sides.items()}
@@ -130,11 +130,13 @@ def guarded_methods(owner: type[nn.Module], chains: Sequence[Chain]) -> tuple[st
     return tuple(sorted({name for chain in chains for way in methods_of(owner, chain) for name in way}))
 
 
-def _side(owner: nn.Module, path: str, method: str, entry: Entry, options: Options) -> Momentum:
+def side_of(
+    owner: nn.Module, path: str, method: str, entry: Entry, options: Options, kind: type[Momentum] = Momentum
+) -> Momentum:
     """The momentum side of an owner, which has to have the chains that the whole model has there."""
     plan = entry.passed.plan
     numbers = {chain.names[0]: chain.number for chain in plan.chains}
-    momentum = Momentum(type(owner), replace(options, checked=True), Place(path, numbers), method)
+    momentum = kind(type(owner), replace(options, checked=True), Place(path, numbers), method)
     here = {
         name: chain
         for name, chain in plan.places.items()

@@ -11,7 +11,7 @@ import contextlib
 import glob
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import ref
 
 from torch import fx, nn
@@ -108,6 +108,14 @@ class Origin:
 def _same(one: Any, other: Any) -> bool:
     """Whether two gammas are the same; of tensors, whether they are the same objects."""
     return one is other or (isinstance(one, (float, tuple)) and type(one) is type(other) and one == other)
+
+
+def refuse_without_call() -> NoReturn:
+    """Raise where no call is known that Dynamo could capture, or that shows what a model's own Python links."""
+    raise CaptureError(
+        "Dynamo captures a call, and blocks between which Python looks at values are found in one: pass "
+        "example_inputs= as the model's forward takes them"
+    )
 
 
 def is_guarded(module: nn.Module) -> bool:

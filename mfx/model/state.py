@@ -1,15 +1,15 @@
 """State: the momentum side of a model, its options and its graphs so far.
 
-Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, and the training flags and
-settings of the modules), and captures the model anew where there is none.  A symbolic capture is proven at its first
-call (:mod:`mfx.capture.proof`, M12).  Every graph must give the chains of the first one: the function must not depend
-on the mode.  Graphs are bounded in number; the one that was not used for longest goes first.
+Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, the modules' modes and settings),
+and captures the model anew where there is none.  A symbolic capture is proven at its first call (M12).  Every graph
+must give the chains of the first one.  Graphs are bounded in number; the one not used for longest goes first.
 Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +27,9 @@ from mfx.errors import CaptureError, MfxError
 from mfx.graph.notes import ADDED
 from mfx.model.checkpointing import switched_off
 from mfx.model.foreign import Hooked, captured_around, general_around
-from mfx.model.parts import Origin, refuse_replaced, refuse_replica, refuse_tracing, without_added
-from mfx.options import Gamma, Options, check_gamma
+from mfx.model.linked import Links
+from mfx.model.parts import Origin, refuse_replaced, refuse_replica, refuse_tracing, refuse_without_call, without_added
+from mfx.options import Gamma, Options, check_gamma, gamma_of
 from mfx.pipeline import WHOLE, Passed, Place, momentumize_graph, refuse_other_places
 from mfx.rewrite import ByRoot
 from mfx.run import ChainSpec
@@ -52,12 +53,11 @@ class Entry:
 class Momentum:
     """What makes a model a momentumized one.
 
-    ``method`` of the model is what its graphs stand for; ``guarded`` are other methods that run a part of that, and
-    ``inner`` the modules that do (:func:`mfx.model.parts.guarded_in`).
+    ``method`` of it is what its graphs stand for; ``guarded`` methods and ``inner`` modules run a part of that.
     ``entries`` are its graphs, the one used last at the end; ``chains`` and ``places`` are those of the first graph;
     ``decisive`` are the places of numbers by which the model's Python decides, so that each value has its own graph;
     ``token``, ``stamp`` and ``compiled`` are those of :class:`mfx.compile.live.Traceable`; ``holders`` are the modules
-    that have it; ``origin`` is what it was copied of.
+    that have it; ``origin`` is what it was copied of, ``links`` are what it has in common with others.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Momentum:
         self.method = method
         self.guarded: tuple[str, ...] = ()
         self.inner: dict[str, tuple[str, ...]] = {}
-        self.chains: tuple[tuple[str, ...], ...] | None = None
         self.places: dict[str, tuple[str, ...]] = {}
+        self.chains: tuple[tuple[str, ...], ...] | None = None
         self.entries: list[Entry] = []
         self.decisive: set[Any] = set()
         self.hooked = Hooked(original, place.prefix)
         self.recorded: list[Call] | None = None
-        self.token, self.stamp, self.sharded = new_token(), "", dict[str, int]()
+        self.token, self.stamp, self.sharded, self.links = new_token(), "", dict[str, int](), Links()
         self.compiled: WeakSet[Live] = WeakSet()
         self.holders: WeakSet[nn.Module] = WeakSet()
         self.origin: Origin | None = None
@@ -87,10 +87,10 @@ class Momentum:
         self.__dict__.update(state, token=new_token(), compiled=WeakSet(), holders=WeakSet())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Momentum:
-        twin = Momentum(self.original, self.options, self.place, self.method)
+        twin = type(self)(self.original, self.options, self.place, self.method)
         twin.guarded, twin.inner, twin.stamp = self.guarded, self.inner, self.stamp
         twin.chains, twin.places, twin.sharded = self.chains, self.places, dict(self.sharded)
-        twin.origin = Origin(self)
+        twin.origin, twin.links = Origin(self), copy.deepcopy(self.links, memo)
         return twin
 
     @property
@@ -106,6 +106,8 @@ class Momentum:
     def note_moving(self) -> None:
         """Note which blocks are another function than the model's own."""
         self.stamp = " ".join(name for name in self.blocks() if self.options.moves(name))
+        if self.linked:
+            self.links.note(self.place.prefix, [gamma_of(self.options.gamma, name) for name in self.blocks()])
 
     def blocks(self) -> tuple[str, ...]:
         """The names of the blocks that are rewritten."""
@@ -142,6 +144,11 @@ class Momentum:
         """The names of each chain's blocks, once the model has been captured."""
         return self.chains
 
+    @property
+    def linked(self) -> bool:
+        """Whether the model's own Python joins its chains to those of others."""
+        return self.links.scope is not None
+
     def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
         """The modules that give velocities and gammas, one for each chain."""
         return {name: list(root._modules[name].children()) for name in ADDED if name in root._modules}  # type: ignore[union-attr]
@@ -157,14 +164,10 @@ class Momentum:
         refuse_tracing(root, call.leaves)
         if self.origin is not None:
             self.origin.compare(self)
-        with switched_off(root):
+        with switched_off(root), self.links.within(self.place.prefix):
             entry = self.entry(root, call)
-            self.warn_of_hooks(root, entry, stacklevel=2)
+            self.hooked.tell(root, entry.captured.hooked, stacklevel=2)
             return entry.run(root, call)
-
-    def warn_of_hooks(self, root: nn.Module, entry: Entry, stacklevel: int) -> None:
-        """Tell, once for each module, that its hooks do not run."""
-        self.hooked.tell(root, entry.captured.hooked, stacklevel + 1)
 
     def entry(self, root: nn.Module, call: Call) -> Entry:
         """The graph for ``call``, in the modes the modules are in."""
@@ -175,8 +178,7 @@ class Momentum:
 
     def _entry(self, root: nn.Module, call: Call) -> Entry:
         held = None
-        for place in range(len(self.entries) - 1, -1, -1):
-            entry = self.entries[place]
+        for place, entry in reversed([*enumerate(self.entries)]):
             if (entry.proven or self.options.capture != "dynamo") and entry.captured.holds(root, call):
                 held = self.entries.pop(place)
                 if held.proven:
@@ -195,10 +197,7 @@ class Momentum:
             with switched_off(root):
                 return self.entry(root, as_call(example_inputs))
 
-        def by_dynamo() -> Entry:
-            raise CaptureError("Dynamo captures a call: pass example_inputs= as the model's forward takes them")
-
-        return self._by(lambda: self.capture_form(root, default_form(self.function)), by_dynamo)
+        return self._by(lambda: self.capture_form(root, default_form(self.function)), refuse_without_call)
 
     def capture_form(self, root: nn.Module, form: Form, call: Call | None = None) -> Entry:
         """The graph of calls of ``form``, of which ``call`` may be one that gives shapes, by symbolic tracing."""
@@ -291,14 +290,11 @@ class Momentum:
         return planned
 
     def _add(self, entry: Entry, keep: bool = True) -> Entry:
-        self._same_chains(entry)
-        if keep:
-            self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
-        return entry
-
-    def _same_chains(self, entry: Entry) -> None:
         """A model must compute one function: chains that differ from the first capture's are an error."""
         places = entry.passed.plan.places
         if self.chains is None:
             self.expect(entry.passed.plan.names, places)
         refuse_other_places(self.places, places)
+        if keep:
+            self.entries = [*self.entries[1 - _MOST_GRAPHS :], entry]
+        return entry

@@ -31,6 +31,7 @@ class NetSide:
     stamp: str = ""
     compiled: WeakSet[Live] = field(default_factory=WeakSet)
     place: Place = WHOLE
+    linked: bool = False
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:

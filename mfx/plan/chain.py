@@ -118,12 +118,13 @@ class Chain:
         float64: bool = True,
         rules: tuple[Rule, ...] | None = None,
         velocities: bool = False,
+        cut: bool = True,
     ) -> Schedule:
         """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.arithmetic.snapshots.schedule`.
 
-        ``rules`` are others than planned, where gamma varies.
+        ``rules`` are others than planned, where gamma varies, or (not ``cut`` at taps) where chains are linked.
         """
-        how = (self.state_dtype, self.tolerance, compute, self.cuts, float64, velocities)
+        how = (self.state_dtype, self.tolerance, compute, self.cuts if cut else (), float64, velocities)
         return schedule(self.rules if rules is None else rules, dtype, *how)
 
 

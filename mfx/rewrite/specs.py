@@ -49,6 +49,8 @@ def spec_of(chain: Chain, flow: Dataflow, branches: Branches | None = None) -> C
         copied=frozenset(i for i, value in enumerate(handed) if _overwritten(value, inside, flow)),
         reversible=chain.way.reversible,
         kept=chain.kept,
+        opens=chain.input.op == "placeholder",
+        leaves=any(user.op == "output" for user in chain.output.users),
         kernels=EAGER if branches is None else branches.kernels,
     )
 

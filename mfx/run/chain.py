@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from mfx.errors import InputTypeError
 from mfx.rule.arithmetic.carry import EAGER, Floating, Kernels
 from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import Escape, State, StepSpec
-from mfx.run.conditions import autocast_dtype
+from mfx.rule.varying import Varies, gammas_of, varied
+from mfx.run.conditions import autocast_dtype, compiling, is_symbolic
 from mfx.run.detector import Drift
 from mfx.run.operands import modules_of
 from mfx.sharding import casting, coarsest
-from mfx.torch_versions import has_float64
+from mfx.torch_versions import forward_derivative_is_on, functions_are_transformed, has_float64, is_recording
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,8 @@ class ChainSpec:
     ``schedule(dtype, compute, float64=)`` is that of :func:`mfx.rule.arithmetic.snapshots.schedule`; ``kernels`` do the
     arithmetic of its state; ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown
     that no gradient is lost, ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
+    ``opens`` says that x_0 is an argument of the module, ``leaves`` that x_N is what it returns: such chains of several
+    modules may be linked (:mod:`mfx.run.linked`).
     """
 
     name: str
@@ -49,6 +53,8 @@ class ChainSpec:
     kernels: Kernels = EAGER
     proven: set[int] = field(default_factory=set)
     followed: set[int] = field(default_factory=set)
+    opens: bool = False
+    leaves: bool = False
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -61,8 +67,31 @@ class ChainSpec:
         return None if not self.reads_z or rule.plain else rule.coast
 
 
-def schedule_of(chain: ChainSpec, root: nn.Module, x: Tensor) -> Schedule:
-    """The schedule for an input such as ``x``, in the dtype that branches compute in now."""
+def with_gammas(chain: ChainSpec, gammas: Tensor | None, x: Tensor) -> ChainSpec:
+    """The chain by the ``gammas`` of this call; as it is planned where there are no values."""
+    if not any(isinstance(step.rule, Varies) for step in chain.steps) or is_symbolic(x):
+        return chain
+    steps = varied(chain.name, chain.steps, gammas, x, known=not (is_recording() or compiling(x)))
+    learned = any(gamma is not None and gamma.requires_grad for gamma in gammas_of(steps))
+    planned = partial(chain.schedule, rules=tuple(step.rule.planned for step in steps), velocities=learned)
+    return replace(chain, steps=steps, schedule=planned)
+
+
+def wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
+    """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    # What becomes a graph, forward and backward, says itself what is kept in between.
+    if is_recording() or compiling(x):
+        return False
+    if functions_are_transformed() or forward_derivative_is_on():
+        return False
+    tensors = [x, velocity, *(operand for group in operands for operand in group)]
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def schedule_of(chain: ChainSpec, root: nn.Module, x: Tensor, **instead: Any) -> Schedule:
+    """The schedule for an input such as ``x``, in the dtype that branches compute in; ``instead``: for other rules."""
     if x.is_complex():
         raise InputTypeError(
             f"{chain.name}: its input is complex ({x.dtype}), and the momentum recurrence is defined here for real "
@@ -76,7 +105,7 @@ def schedule_of(chain: ChainSpec, root: nn.Module, x: Tensor) -> Schedule:
         )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     casts = (autocast_dtype(x.device, dtype), casting(modules_of(chain.steps, root)))
-    return chain.schedule(dtype, coarsest(casts), float64=has_float64(x.device))
+    return chain.schedule(dtype, coarsest(casts), float64=has_float64(x.device), **instead)
 
 
 def stored(
@@ -87,8 +116,8 @@ def stored(
     v: Tensor | None,
     operands: Sequence[Sequence[Any]],
     dtype: torch.dtype,
-) -> tuple[Any, ...]:
-    """The plain recurrence: autograd stores what it needs, if anything."""
+) -> tuple[list[Any], Tensor, Tensor | None]:
+    """The plain recurrence, for which autograd stores what it needs: what is handed out, and the state as carried."""
     inner = Inner(chain)
     for index, step in enumerate(chain.steps):
         x, v = carry.enter(index, x, v)
@@ -100,7 +129,12 @@ def stored(
         x = continued(out, x) if index in chain.taps else x
         if index + 1 in chain.ends:
             inner.read_out(out, carry.velocity(index + 1, v))
-    return tuple(inner.handed_out())
+    return inner.handed_out(), x, v
+
+
+def copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:
+    """What is handed out, with copies in the place of what somebody outside writes to."""
+    return tuple(v.clone() if n in chain.copied and isinstance(v, Tensor) else v for n, v in enumerate(values))
 
 
 def continued(out: Tensor, x: Tensor) -> Tensor:

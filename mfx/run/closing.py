@@ -21,9 +21,10 @@ from mfx.rule.step import branch_of
 from mfx.rule.varying import Varying, gradient_of_gamma
 from mfx.run.chain import ChainSpec
 from mfx.run.detector import Distance, pieces, size_of
+from mfx.run.linked.handover import Handover
 from mfx.run.recompute import saved_tensors
 from mfx.run.tape import Left, Recorder, Setting, Slot, State
-from mfx.torch_versions import FakeTensor, not_followed
+from mfx.torch_versions import FakeTensor, graph_is_kept, not_followed
 
 After = tuple["Tensor | None", "Tensor | None"]
 
@@ -54,12 +55,16 @@ class Close(torch.autograd.Function):
         kept = _apart(kept, values[len(values) - held :])
         inverts = recorder.end - 1 not in setting.plan.snapshots
         assert v is not None
-        once = [tensor for tensor in (start, recorder.zeros) if tensor is not None]
-        ctx.save_for_backward(*(_apart([x, v], values[len(values) - held :]) if inverts else []), *once, *kept)
+        end = _apart([x, v], values[len(values) - held :]) if inverts else []
         size = None if inverts else size_of(x)
-        ctx.slot = slot
-        ctx.left = Left.of(setting, recorder, start is not None, size)
-        recorder.snapshots, recorder.zeros = {}, None
+        ctx.slot, ctx.handover = slot, None
+        ctx.left = recorder.left = Left.of(setting, recorder, start is not None, size)
+        if setting.linked and inverts:
+            ctx.handover = recorder.handover = Handover((end[0], end[1]), recorder.zeros)
+            end = []
+        once = [tensor for tensor in (start, recorder.zeros if ctx.left.counts else None) if tensor is not None]
+        ctx.save_for_backward(*end, *once, *kept)
+        recorder.snapshots = {}
         velocity = _velocity_out(setting, recorder.end, v, edge_v)
         escapes, kept = values[: len(values) - held], values[len(values) - held :]
         ctx.mark_dirty(*kept)
@@ -72,6 +77,8 @@ class Close(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         refuse_double_backward(ctx.left.setting.chain)
         ctx.slot.rewind = rewind_of(ctx)
+        if ctx.handover is not None and not graph_is_kept():
+            ctx.handover.clear()
         grad_x, grad_v, *others = grads
         return None, None, None, None, grad_x, grad_v, None, *ctx.slot.corrected(others)
 
@@ -80,16 +87,20 @@ def _velocity_out(setting: Setting, end: int, v: Tensor, edge: Tensor) -> Tensor
     """v as a closing node gives it, from what is carried for it and what autograd takes for it."""
     if setting.chain.coast(end - 1) is not None:
         return _alias(setting.carry.velocity(end, v).to(edge.dtype))
-    return None if end == len(setting.chain.steps) else _alias(edge)
+    last = end == len(setting.chain.steps) and not (setting.linked and setting.chain.leaves)
+    return None if last else _alias(edge)
 
 
 def rewind_of(ctx: Any) -> Rewind:
     """The beginning of a way back through the segment that a :class:`Close` ends, from that node's context."""
     left: Left = ctx.left
     saved = iter(saved_tensors(ctx, f"an output of {left.setting.chain.name}, or a value it keeps,"))
-    end = (next(saved), next(saved)) if left.inverts_last else None
+    linked: Handover | None = ctx.handover
+    end = (next(saved), next(saved)) if left.inverts_last and linked is None else None
     start, zeros = (next(saved) if there else None for there in (left.starts, left.counts))
     snapshots = {index: (next(saved), next(saved) if both else None) for index, both in left.layout}
+    if linked is not None:
+        end, zeros = linked.get(left.setting.chain.name)
     return Rewind(left, end, start, snapshots, zeros)
 
 
@@ -134,15 +145,18 @@ class Rewind:
         assert after is not None
         x, v = after
         assert v is not None
-        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, index - self.left.begin)
+        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, self.left.counted + index - self.left.begin)
         x = _with_strides(x, self.left.strides(index))
         return x.to(self.left.state_dtype(index)), None, (None, v)
 
     def leave(self, index: int, x: Tensor, v: Tensor | None) -> None:
-        """Take the state before a step; after the last one give the drift away."""
+        """Take the state before a step; after the last one give it back, where it is another's, and the drift away."""
         if index != self.left.first:
             self.state = (x, v)
-        elif self.drifts:
+            return
+        if self.left.back is not None:
+            self.left.back((x, v), self.zeros)
+        if self.drifts:
             setting = self.left.setting
             worst, begin = torch.stack(self.drifts).amax(), self.left.begin
             setting.chain.drift.record(worst, setting.chain.name, setting.plan.tolerance, begin)
@@ -150,11 +164,12 @@ class Rewind:
     def check(self, index: int, x: Tensor, v: Tensor | None, after: After, value: Tensor) -> None:
         """Hold one step from a known state against the state after it that was reconstructed (or kept), by pieces."""
         setting = self.left.setting
-        known = index == 0 or v is not None or setting.chain.steps[index].rule.forgets
+        starts = index == 0 and not self.left.goes_on
+        known = starts or v is not None or setting.chain.steps[index].rule.forgets
         gone = all(one is None for one in after)
         if not known or (gone and self.left.size is None) or isinstance(x, FakeTensor):
             return
-        v = self.start if index == 0 else v
+        v = self.start if starts else v
         drift, carry = Distance(), setting.carry
         whole = setting.chain.steps[index].rule.scattered
         for x_i, v_i, value_i, x_after, v_after in pieces(x, v, value.detach(), *after, whole=whole):
@@ -183,8 +198,8 @@ class Turn:
         self.rewind, self.index = rewind, index
         self.x, self.known, self.after = rewind.before(index)
         self.inside, self.v = setting.carry.enter(index, self.x, self.known)
-        wanted = index != left.first or setting.observer is not None or (total is not None and index > 0)
-        self.divides = not kept and not rule.forgets and wanted
+        wanted = index != left.first or left.back is not None or setting.observer is not None
+        self.divides = not kept and not rule.forgets and (wanted or (total is not None and index > 0))
         self.total, self.of_gamma = total, None
         self.checks = index == 0 or kept
 

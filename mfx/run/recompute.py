@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from mfx.errors import BackwardError
+from mfx.errors import BackwardError, changed_in_place
 from mfx.rule.step import StepSpec
 from mfx.run.conditions import Conditions
 from mfx.run.operands import (
@@ -288,8 +288,4 @@ def saved_tensors(ctx: Any, what: str) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise BackwardError(
-            f"{what} was changed in place between forward and backward, so the chain cannot be run backwards as it "
-            "ran forwards. Change it after backward, or on a copy (.clone()); with reversible=False activations are "
-            f"stored. From autograd: {error}"
-        ) from error
+        raise changed_in_place(what, error) from error

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -30,13 +29,14 @@ from torch import Tensor, nn
 
 from mfx.errors import BackwardError
 from mfx.rule.arithmetic.carry import carry
-from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import added, check_velocity, passed_on, pulled
-from mfx.rule.varying import Varies, by_values, gammas_of, varied
+from mfx.rule.varying import by_values, gammas_of
 from mfx.run.beside import joined
-from mfx.run.chain import ChainSpec, Inner, schedule_of, stored
+from mfx.run.chain import ChainSpec, Inner, continued, copies, schedule_of, stored, wants_gradient, with_gammas
 from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
-from mfx.run.conditions import Autocast, compiling, is_symbolic
+from mfx.run.conditions import Autocast, is_symbolic
+from mfx.run.linked import Start, joint_of
+from mfx.run.linked.undo import Held, Undo
 from mfx.run.operands import Parameters, refuse_containers, refuse_lazy, without_graph
 from mfx.run.recompute import Rerun, as_inner, as_recomputed, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer
@@ -46,9 +46,6 @@ from mfx.run.watched import refuse_watched
 from mfx.run.watching import Followed
 from mfx.sharding import ANCHOR
 from mfx.torch_versions import (
-    forward_derivative_is_on,
-    functions_are_transformed,
-    is_recording,
     keeping_version,
     not_followed,
     will_run,
@@ -68,57 +65,55 @@ def run(
     ``gammas`` are those of the steps whose gamma varies (:mod:`mfx.rule.varying`).
     """
     check_velocity(chain.name, x, velocity)
-    chain = _with_gammas(chain, gammas, x)
-    plan = schedule_of(chain, root, x)
-    if chain.reversible and _wants_gradient(x, velocity, (*operands, gammas_of(chain.steps))):
-        refuse_lazy(chain.steps, operands)
-        if is_plain(chain, plan, x):
-            return _copies(chain, plain(chain, plan, root, x, operands))
-        return _reversible(chain, plan, root, x, velocity, operands)
-    state = x.to(plan.state_dtype)
-    velocity = None if velocity is None else velocity.to(plan.state_dtype)
-    return stored(chain, carry(chain.steps, plan), root, state, velocity, operands, x.dtype)
+    chain = with_gammas(chain, gammas, x)
+    joint = joint_of(chain)
+    before = None if joint is None else joint.before(chain, x)
+    by = velocity if before is None else before.gradient_goes_by
+    reversible = chain.reversible and wants_gradient(x, by, (*operands, gammas_of(chain.steps)))
+    if joint is None:
+        start = Start(schedule_of(chain, root, x), velocity)
+    else:
+        start = joint.start(chain, before, reversible, schedule_of(chain, root, x, rules=joint.rules(), cut=False))
+    if not reversible:
+        return _stored(chain, start, root, x, operands)
+    refuse_lazy(chain.steps, operands)
+    if joint is None and is_plain(chain, start.plan, x):
+        return copies(chain, plain(chain, start.plan, root, x, operands))
+    return _reversible(chain, start, root, x, operands)
 
 
-def _with_gammas(chain: ChainSpec, gammas: Tensor | None, x: Tensor) -> ChainSpec:
-    """The chain by the ``gammas`` of this call; as it is planned where there are no values."""
-    if not any(isinstance(step.rule, Varies) for step in chain.steps) or is_symbolic(x):
-        return chain
-    steps = varied(chain.name, chain.steps, gammas, x, known=not (is_recording() or compiling(x)))
-    learned = any(gamma is not None and gamma.requires_grad for gamma in gammas_of(steps))
-    planned = partial(chain.schedule, rules=tuple(step.rule.planned for step in steps), velocities=learned)
-    return replace(chain, steps=steps, schedule=planned)
-
-
-def _wants_gradient(x: Tensor, velocity: Tensor | None, operands: Sequence[Sequence[Any]]) -> bool:
-    """Whether there is something to differentiate, in the one way the reversible run can (M8, M9)."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        return False
-    # What becomes a graph, forward and backward, says itself what is kept in between.
-    if is_recording() or compiling(x):
-        return False
-    if functions_are_transformed() or forward_derivative_is_on():
-        return False
-    tensors = [x, velocity, *(operand for group in operands for operand in group)]
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+def _stored(
+    chain: ChainSpec, start: Start, root: nn.Module, x: Tensor, operands: Sequence[Sequence[Any]]
+) -> tuple[Any, ...]:
+    """The plain recurrence from its start."""
+    plan, before = start.plan, start.before
+    how, v = carry(chain.steps, plan), start.velocity
+    state = (x.to(plan.state_dtype), None if v is None else v.to(plan.state_dtype))
+    if before is not None:
+        how.go_on(before.carry)
+        state = (continued(x, before.state[0].detach()), before.state[1])
+    values, *end = stored(chain, how, root, *state, operands, x.dtype)
+    start.end(chain, values[0], state=tuple(end), carry=how)
+    return tuple(values)
 
 
 def _reversible(
-    chain: ChainSpec,
-    plan: Schedule,
-    root: nn.Module,
-    x: Tensor,
-    v: Tensor | None,
-    operands: Sequence[Sequence[Any]],
+    chain: ChainSpec, start: Start, root: nn.Module, x: Tensor, operands: Sequence[Sequence[Any]]
 ) -> tuple[Any, ...]:
     """One autograd node a block, and one that closes the chain."""
     chain.drift.poll()
-    gammas = gammas_of(chain.steps)
-    setting = _setting(replace(chain, steps=by_values(chain.steps)), plan, root, x)
-    states = [(x.detach().to(plan.state_dtype), None if v is None else v.detach().to(plan.state_dtype))]
-    inner, dtype, start, begin = Inner(chain), x.dtype, states[0][1], 0
+    gammas, valued = gammas_of(chain.steps), replace(chain, steps=by_values(chain.steps))
+    setting, before, v = _setting(valued, start, root, x), start.before, start.velocity
+    finer = setting.plan.state_dtype
+    states = [(x.detach().to(finer), None if v is None else v.detach().to(finer))]
+    first = states[0][1]
+    if before is not None:
+        states, first, v = [before.state], None, before.edge
+    inner, dtype, begin, left = Inner(chain), x.dtype, 0, dict[str, Any]()
     for end in chain.ends:
         recorder, slot, nodes = Recorder(dtype, begin, states.pop(), inner.wanted), Slot(), []
+        if begin == 0 and before is not None:
+            recorder.go_on(before.handover, before.zeros, before.counted)
         for index in range(begin, end):
             if index in chain.kept:
                 beside = bool(slot.beside or inner.escaped(begin))
@@ -135,10 +130,11 @@ def _reversible(
             inner.record(x if index in inner.wanted else None, extra[: recorder.escapes], recorder.dtype)
             slot.note(index, recorder.escapes, extra[recorder.escapes :])
             del extra
-        x, v = _closed(setting, recorder, slot, inner, nodes, start if begin == 0 else None, x, v)
+        x, v = _closed(setting, recorder, slot, inner, nodes, first if begin == 0 else None, x, v)
         states.append(recorder.state)
-        dtype, begin = recorder.dtype, end
-    return _copies(chain, inner.handed_out())
+        dtype, begin, left = recorder.dtype, end, recorder.handed_over()
+    start.end(chain, x, state=states[0], carry=setting.carry, edge=v, **left)
+    return copies(chain, inner.handed_out())
 
 
 def _closed(
@@ -154,7 +150,7 @@ def _closed(
     """End a segment: the state after it, as its readers are to have it."""
     begin = recorder.first
     keys = [(begin + n, number) for n, group in enumerate(inner.escapes[begin:]) for number in range(len(group))]
-    kept = slot.taken()
+    kept, snapshots = slot.taken(), recorder.snapshots
     held = tuple(kept.values())
     with keeping_version(held):
         out, v, *values = Close.apply(  # type: ignore[misc]
@@ -164,19 +160,27 @@ def _closed(
         out, v, *values = joined(slot, begin, nodes, (out, v), [*keys, *kept], values, len(held))
     inner.close(out, values, begin)
     inner.read_out(out, v, apart=True)
+    if recorder.back is not None:
+        assert recorder.left is not None
+        again = {index: (Held(x), None if v is None else Held(v)) for index, (x, v) in snapshots.items()}
+        recorder.back.take(Undo(replace(recorder.left, back=None), recorder.handover, again, recorder.ran))
     return out, v
 
 
-def _setting(chain: ChainSpec, plan: Schedule, root: nn.Module, x: Tensor) -> Setting:
+def _setting(chain: ChainSpec, start: Start, root: nn.Module, x: Tensor) -> Setting:
     """What all steps of the forward that starts from x have in common."""
+    plan, how = start.plan, carry(chain.steps, start.plan, chain.kernels)
+    if start.before is not None:
+        how.go_on(start.before.carry)
     return Setting(
         chain,
         plan,
         root,
         autocast=Autocast.current(x.device),
-        carry=carry(chain.steps, plan, chain.kernels),
+        carry=how,
         symbolic=is_symbolic(x),
         observer=newest_observer(chain.name, plan),
+        linked=start.joint is not None,
     )
 
 
@@ -213,6 +217,8 @@ class Step(torch.autograd.Function):
         ctx.slot, ctx.rerun = slot, Rerun.of(setting, index, recorder.dtype, x, parameters, given, to_save)
         known = edge_x if index == recorder.first and x is begin and edge_x.dtype == recorder.dtype else None
         del begin
+        if recorder.back is not None:
+            recorder.ran.append((ctx.rerun, tuple(map(Held, compress(given, to_save)))))
         value, *extra = _first_run(ctx.rerun, x, given, to_save, known, ctx.needs_input_grad[5])
         del x
         recorder.escapes = len(extra)
@@ -282,7 +288,3 @@ def _first_run(
     if followed and not followed.lose(f"a module of block {step.name!r}", [*values, *rerun.watch.found.values()]):
         setting.chain.followed.add(index)
     return values
-
-
-def _copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(v.clone() if n in chain.copied and isinstance(v, Tensor) else v for n, v in enumerate(values))

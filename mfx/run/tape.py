@@ -22,6 +22,7 @@ from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.arithmetic.zeros import counted_zeros
 from mfx.run.chain import ChainSpec
 from mfx.run.conditions import Autocast
+from mfx.run.linked.handover import Handover
 
 Observer = Callable[[str, int, Tensor, "Tensor | None"], None]
 State = tuple[Tensor, "Tensor | None"]
@@ -45,7 +46,11 @@ def observing(observer: Observer, begin: Callable[[str, Schedule], None] = lambd
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What all steps of one forward have in common; ``symbolic`` says that there are no values, only shapes."""
+    """What all steps of one forward have in common.
+
+    ``symbolic`` says that there are no values, only shapes, ``linked`` that the chain may go on from others, and others
+    from it.
+    """
 
     chain: ChainSpec
     plan: Schedule
@@ -54,6 +59,7 @@ class Setting:
     carry: Floating
     symbolic: bool
     observer: Observer | None = None
+    linked: bool = False
 
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""
@@ -89,7 +95,9 @@ class Recorder:
 
     ``state`` is the one before the step that comes next, as carried; ``wanted`` the steps whose
     state later steps read; ``escapes`` is how many values the last step's branch hands out; ``zeros`` are the counts of
-    :mod:`mfx.rule.arithmetic.zeros`.
+    :mod:`mfx.rule.arithmetic.zeros`, which began ``counted`` steps before.  A segment that ``goes_on`` from another
+    chain's state gives that ``back``, and notes for that what ``ran``.  :class:`mfx.run.closing.Close` sets ``left``,
+    and ``handover``, which has the state after the segment.
     """
 
     def __init__(self, dtype: torch.dtype, first: int, state: State, wanted: Set[int]) -> None:
@@ -101,7 +109,22 @@ class Recorder:
         self.snapshots: dict[int, State] = {}
         self.escapes = 0
         self.zeros: Tensor | None = None
+        self.counted = 0
+        self.goes_on = False
+        self.back: Handover | None = None
+        self.ran: list[Any] = []
+        self.left: Left | None = None
+        self.handover: Handover | None = None
         self.nothing: dict[torch.dtype, Tensor] = {}
+
+    def go_on(self, holder: Handover | None, zeros: Tensor | None, counted: int) -> None:
+        """Note that the state comes from another chain, whose it is for backward if that has a ``holder`` for it."""
+        self.goes_on, self.back, self.zeros, self.counted = True, holder, zeros, counted
+
+    def handed_over(self) -> dict[str, Any]:
+        """What a chain that goes on from here needs, beside the state."""
+        counted = self.counted + len(self.traces)
+        return {"handover": self.handover, "zeros": self.zeros, "counted": counted}
 
     def enter(self, setting: Setting, index: int) -> Tensor:
         """x as step ``index`` computes with it; what the plan keeps of the state is kept."""
@@ -112,7 +135,7 @@ class Recorder:
         setting.observe(0, x, v) if index == 0 else None
         # Counts of zeros are for states that are reconstructed in floating arithmetic (M2).
         if not (setting.plan.exact or setting.symbolic or len(setting.plan.snapshots) == len(setting.chain.steps)):
-            self.zeros = counted_zeros(self.zeros, x, len(self.traces), x.device.type == "cpu")
+            self.zeros = counted_zeros(self.zeros, x, self.counted + len(self.traces), x.device.type == "cpu")
         return x
 
     def advance(self, setting: Setting, index: int, value: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
@@ -146,7 +169,8 @@ class Left:
 
     ``first`` is the first of them that a gradient comes by; ``layout`` tells the saved snapshots: the step, and whether
     v is there beside x; ``starts`` whether v_0 is saved, ``counts`` whether counts of zeros are; ``size`` is
-    the norm of the last x where no end state is kept.
+    the norm of the last x where no end state is kept.  Of a linked chain that goes on from another, ``back`` takes the
+    state before it, and ``counted`` is how many states before it were counted.
     """
 
     setting: Setting
@@ -157,6 +181,9 @@ class Left:
     starts: bool
     size: Tensor | None
     counts: bool
+    counted: int = 0
+    goes_on: bool = False
+    back: Callable[[State, Tensor | None], None] | None = None
 
     @staticmethod
     def of(setting: Setting, recorder: Recorder, starts: bool, size: Tensor | None) -> Left:
@@ -164,7 +191,11 @@ class Left:
         begin, traces = recorder.first, tuple(recorder.traces)
         first = next((index for index, trace in enumerate(traces, begin) if trace.differentiable), None)
         layout = tuple((index, v is not None) for index, (_, v) in recorder.snapshots.items())
-        return Left(setting, traces, begin, first, layout, starts, size, recorder.zeros is not None)
+        counts = recorder.zeros is not None and not setting.linked
+        back = None if recorder.back is None else recorder.back.give
+        return Left(
+            setting, traces, begin, first, layout, starts, size, counts, recorder.counted, recorder.goes_on, back
+        )
 
     @property
     def inverts_last(self) -> bool:

@@ -11,7 +11,7 @@ each block's x, and nothing at all, which keeps what the original blocks keep.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,10 +21,13 @@ from mfx.budget.advice import free_to_keep
 from mfx.budget.prices import prices_of
 from mfx.find import Block, Found
 from mfx.graph.notes import DTYPE, ORIGINAL, SHAPE
+from mfx.model.outlook import Outlook
 from mfx.plan import Chain, Plan
+from mfx.rule.linked import nominal
 from mfx.run.conditions import autocast_dtype
 from mfx.torch_versions import has_float64
 from mfx.view.footprint import Peaks
+from mfx.view.linking import LinkRow
 from mfx.view.rows import ChainRow
 
 
@@ -40,6 +43,30 @@ def chain_rows(found: Found, plan: Plan, sizes: Mapping[fx.Node, int], peaks: Pe
             work = sum(prices.work_of(block.members) for block in chain.blocks)
             rows[chain.index] = replace(rows[chain.index], work=work, free=chain.index in free)
     return tuple(rows.values())
+
+
+def link_rows(outlooks: Sequence[Outlook], rows: Sequence[Sequence[ChainRow]]) -> tuple[LinkRow, ...]:
+    """A row for the chains that each scope links; ``rows`` are those of each outlook's chains."""
+    scopes = dict.fromkeys(outlook.scope for outlook in outlooks if outlook.scope is not None)
+    return tuple(
+        _link_row(scope, [(one, own) for one, own in zip(outlooks, rows, strict=True) if one.scope == scope])
+        for scope in scopes
+    )
+
+
+def _link_row(scope: str, parts: list[tuple[Outlook, Sequence[ChainRow]]]) -> LinkRow:
+    own = [(chain, row, part.count) for part, rows in parts for chain, row in zip(part.chains, rows, strict=True)]
+    numbers = tuple(row.index for _, row, _ in own)
+    gammas = tuple(gamma for _, row, count in own for gamma in row.gammas * max(count, 1))
+    chain, row, _ = own[0]
+    dtype, shape = chain.input.meta.get(DTYPE), chain.input.meta.get(SHAPE)
+    if row.state_bytes is None or dtype is None or shape is None:
+        return LinkRow(scope, numbers, None, "")
+    device = next((parameter.device for parameter in parts[0][0].mm.parameters()), torch.device("cpu"))
+    how = {"float64": has_float64(device), "rules": nominal(gammas)}
+    pace = chain.schedule(dtype, autocast_dtype(device, dtype), **how)
+    kept = pace.bytes_an_element(len(gammas)) * math.prod(shape)
+    return LinkRow(scope, numbers, kept, pace.note(len(gammas)))
 
 
 def activation_bytes(block: Block, sizes: Mapping[fx.Node, int]) -> int | None:

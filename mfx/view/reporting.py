@@ -7,7 +7,7 @@ rewritten one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,9 +25,9 @@ from mfx.model.conversion import check_model, require_inputs
 from mfx.model.outlook import Outlook, outlooks
 from mfx.options import Budget, Gamma, Optimizer, Patterns, RuleName, Velocity, check_optimizer, make_options
 from mfx.plan import Chain, Plan
-from mfx.view.chained import activation_bytes, chain_rows
+from mfx.view.chained import activation_bytes, chain_rows, link_rows
 from mfx.view.footprint import Peaks, StepMemory, peaks_of, step_memory
-from mfx.view.rows import Memory, Report, Row, SegmentRow
+from mfx.view.rows import ChainRow, Memory, Report, Row, SegmentRow
 
 _NO_OPTIONS = ("model", "example_inputs", "optimizer")
 
@@ -95,10 +95,13 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     """The report on what was captured of a model of this class, which holds what is ``owned``."""
     seen = [_seen(outlook) for outlook in found.values()]
     rows = [row for one in seen for row in _rows(one)]
-    chains = tuple(row for one in seen for row in chain_rows(one.found, one.plan, one.sizes, one.peaks))
-    memories = [_memory(outlook, one) for outlook, one in zip(found.values(), seen, strict=True)]
+    own = [chain_rows(one.found, one.plan, one.sizes, one.peaks) for one in seen]
+    links = link_rows(list(found.values()), own)
+    chains = tuple(row for outlook, rows in zip(found.values(), own, strict=True) for row in _told(outlook, rows))
+    memories = [_memory(*each) for each in zip(found.values(), seen, own, strict=True)]
     known = [memory for memory in memories if memory is not None]
-    memory = Memory(sum(one.before for one in known), sum(one.after for one in known)) if known else None
+    linked = sum(link.state_bytes or 0 for link in links)
+    memory = Memory(sum(one.before for one in known), sum(one.after for one in known) + linked) if known else None
     graph = nx.compose_all([_block_graph(rows, one.found) for one in seen])
     segments = tuple(_segment_row(index, one) for one in seen for index in range(len(one.plan.segments)))
     forecasts = [one.plan.forecast for one in seen if one.plan.forecast is not None]
@@ -108,7 +111,7 @@ def _report_of(name: str, found: Mapping[str, Outlook], owned: Owned | None) -> 
     sums = tuple(_kept_row(row, None, one) for one in seen for row in one.found.sums)
     sharded = tuple(pair for outlook in found.values() for pair in outlook.momentum.sharded.items())
     courses = _courses(seen)
-    given = (options.readout, courses, sharded)
+    given = (options.readout, courses, sharded, links)
     return Report(name, tuple(rows), chains, memory, graph, segments, most, step, sums, *given)
 
 
@@ -142,12 +145,19 @@ def _seen(outlook: Outlook) -> _Seen:
     return _Seen(outlook.entry.passed.found, outlook.entry.passed.plan, sizes, *peaks_of(outlook))
 
 
-def _memory(outlook: Outlook, seen: _Seen) -> Memory | None:
-    """Bytes kept for backward, as fake tensors predict them."""
+def _told(outlook: Outlook, rows: Sequence[ChainRow]) -> list[ChainRow]:
+    """The rows of an outlook's chains, which say so where these are linked."""
+    return [replace(row, linked=outlook.scope is not None) for row in rows]
+
+
+def _memory(outlook: Outlook, seen: _Seen, rows: Sequence[ChainRow]) -> Memory | None:
+    """Bytes kept for backward, as fake tensors predict them; without the states of linked chains."""
     if outlook.call is None or not seen.sizes:
         return None
     inputs = outlook.entry.captured.inputs(outlook.mm, outlook.call)
     after = Fake(outlook.mm, inputs).kept_bytes(outlook.entry.passed.rewritten.run)
+    if outlook.scope is not None:
+        after = max(0, after - sum(row.state_bytes or 0 for row in rows))
     return Memory(sum(seen.sizes.values()), after)
 
 

@@ -15,6 +15,7 @@ from mfx.memory import format_bytes
 from mfx.plan import Forecast
 from mfx.view.footprint import StepMemory
 from mfx.view.lines import chain_lines, forecast_lines, lag_lines, sharded_lines
+from mfx.view.linking import LinkRow
 from mfx.view.pictures import drawn_blocks, drawn_step, fragment, saved
 
 
@@ -55,7 +56,8 @@ class ChainRow:
     bit), ``rounding`` how far exact arithmetic may move the forward, ``tolerance`` what both stay under.
     ``checkpoint_bytes`` is what a checkpoint around each block would keep, ``work`` what the blocks' forward takes (in
     FLOPs, with memory moved counted at a rate), ``free`` whether keeping activations leaves the peak where it is.
-    ``stored`` says why the chain keeps its activations, if it does.
+    ``stored`` says why the chain keeps its activations, if it does.  A ``linked`` chain has its state in common with
+    others (:class:`LinkRow`), so that nothing is said here of what it costs.
     """
 
     index: int
@@ -76,11 +78,12 @@ class ChainRow:
     checkpoint_bytes: int | None = None
     work: float | None = None
     free: bool = False
+    linked: bool = False
 
     @property
     def advice(self) -> str:
         """What does better: ``"keep"``, ``"checkpoint"`` or ``"reverse"``; empty where that is not known."""
-        if self.state_bytes is None or self.checkpoint_bytes is None or self.snapshots is None:
+        if self.linked or self.state_bytes is None or self.checkpoint_bytes is None or self.snapshots is None:
             return ""
         if self.free or not self.pays:
             return "keep"
@@ -138,6 +141,7 @@ class Report:
     ``courses`` are the bytes alive along a step, of plain backprop and of momentum.
     ``sharded`` are the modules that are one step because torch.distributed runs code around their calls (fully_shard),
     each with the number of residual blocks in it.
+    ``links`` has a row for chains that the model's own Python joins, where that cannot be captured.
     """
 
     model: str
@@ -152,6 +156,7 @@ class Report:
     readout: str = "x"
     courses: dict[str, Course] = field(default_factory=dict, repr=False, compare=False)
     sharded: tuple[tuple[str, int], ...] = ()
+    links: tuple[LinkRow, ...] = ()
 
     @property
     def rewritable(self) -> list[str]:
@@ -173,6 +178,7 @@ class Report:
             "readout": self.readout,
             "sharded": dict(self.sharded),
             "sums": [_jsonable(asdict(row)) for row in self.sums],
+            "links": [_jsonable(asdict(row)) for row in self.links],
         }
 
     def to_networkx(self) -> nx.DiGraph:
@@ -222,7 +228,8 @@ class Report:
         if whole:
             yield f"{len(whole)} blocks are whole layers, F(x) = layer(x) - x, of {sum(whole)} residual adds"
         for chain in self.chains:
-            yield from chain_lines(chain)
+            yield from () if chain.linked else chain_lines(chain)
+        yield from (link.line for link in self.links)
         yield from lag_lines(self.chains, self.readout)
         yield from sharded_lines(self.sharded)
         if self.memory is not None:

@@ -31,6 +31,8 @@ from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.step import StepSpec, advance, branch_of, retreat
 
 _EXPONENT = {torch.float64: (torch.int64, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7F800000)}
+_BEFORE = -1
+"""Stands for the first step of a run that began in another chain."""
 _ROUNDER = {torch.float64: 1.5 * 2.0**52, torch.float32: 1.5 * 2.0**23}
 
 
@@ -61,6 +63,9 @@ class Floating:
         """v_index itself, from what is carried for it."""
         return v
 
+    def go_on(self, before: Floating) -> None:
+        """Take over the run that ``before`` is in after its last step."""
+
 
 class Exact(Floating):
     """The state on grids; see the module.  ``kernels`` do the arithmetic."""
@@ -72,6 +77,13 @@ class Exact(Floating):
         known = not any(isinstance(decay, Tensor) for decay in decays)
         self.places = (_places if known else _places.__wrapped__)(decays, plan)
         self.grids: dict[int, _Grid] = {}
+        self.unit: Tensor | None = None  # what v_0 is carried in, where the chain goes on from another
+
+    def go_on(self, before: Floating) -> None:
+        assert isinstance(before, Exact)
+        last = before.places[-1]
+        self.grids[_BEFORE] = before.grids[last.start]
+        self.unit = self.grids[_BEFORE].v * last.product
 
     def enter(self, index: int, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
         place = self.places[index]
@@ -110,8 +122,10 @@ class Exact(Floating):
         return self.kernels.w_before(v, *self._branch(index, x, value))
 
     def velocity(self, index: int, v: Tensor) -> Tensor:
-        place = self.places[index - 1] if index else None
-        if place is None or place.alone:
+        if index == 0:
+            return v if self.unit is None else v * self.unit
+        place = self.places[index - 1]
+        if place.alone:
             return v
         return v * (self.grids[place.start].v * place.product)
 
@@ -183,13 +197,15 @@ class _Place:
 
 @functools.lru_cache(maxsize=1024)
 def _places(decays: tuple[float | Tensor, ...], plan: Schedule) -> tuple[_Place, ...]:
-    starts = plan.starts()
+    starts, reached = plan.starts(), plan.reached
     places: list[_Place] = []
     for start, end, quantum in zip(starts, [*starts[1:], len(decays)], plan.quanta, strict=True):
-        products: list[float | Tensor] = [1.0]
+        goes_on = start == 0 and 0 not in plan.snapshots and reached is not None and reached.steps > 0
+        products: list[float | Tensor] = [reached.product * decays[0] if goes_on and reached is not None else 1.0]
         for decay in decays[start + 1 : end]:
             products.append(products[-1] * decay)
-        places += [_Place(start, product, quantum, end - start == 1) for product in products]
+        alone = end - start == 1 and reached is None
+        places += [_Place(_BEFORE if goes_on else start, product, quantum, alone) for product in products]
     return tuple(places)
 
 

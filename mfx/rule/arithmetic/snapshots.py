@@ -44,6 +44,19 @@ from mfx.rule.base import Rule
 
 
 @dataclass(frozen=True)
+class Reached:
+    """How far a chain is that goes on over several modules.
+
+    ``steps`` since the state was kept last, or since the start; ``product`` of their decays but for the first one's;
+    ``kept``: the last of them starts from a kept state.
+    """
+
+    steps: int = 0
+    product: float = 1.0
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class Schedule:
     """``state_dtype`` of (x, v), and the steps before which the state is kept.
 
@@ -51,7 +64,8 @@ class Schedule:
     from it.  ``tolerance`` is the relative error allowed, ``grid`` x's quantum relative to the largest element of the
     run's first x (0 in floating arithmetic), and ``quanta`` are v's first ones, for each run.  ``drift`` is the error
     that reversing may make (:mod:`mfx.rule.arithmetic.precision`; 0: bit for bit), ``rounding`` how far exact
-    arithmetic may move the forward's x, both relative; ``velocities``: v is kept with every x that is.
+    arithmetic may move the forward's x, both relative; ``velocities``: v is kept with every x that is.  ``reached`` is
+    how far a linked chain (:mod:`mfx.rule.linked`) was before.
 
     >>> from mfx.rule.momentum import Momentum
     >>> schedule((Momentum(0.9),) * 100, torch.float32).state_count(100)
@@ -66,6 +80,7 @@ class Schedule:
     drift: float = 0.0
     rounding: float = 0.0
     velocities: bool = False
+    reached: Reached | None = None
 
     @property
     def exact(self) -> bool:
@@ -74,6 +89,8 @@ class Schedule:
 
     def keeps_velocity(self, step: int) -> bool:
         """Whether the snapshot before ``step`` needs v beside x."""
+        if step == 0 and self.reached is not None:
+            return self.reached.steps > 0 and not self.reached.kept
         return step > 0 and (self.velocities or step - 1 not in self._kept)
 
     def state_count(self, steps: int) -> int:

@@ -227,7 +227,7 @@ def test_mps_has_no_float64_and_the_run_asks_the_device_of_the_input(monkeypatch
     assert has_float64(torch.device("cuda"))
     assert not has_float64(torch.device("mps"))
     asked = []
-    monkeypatch.setattr("mfx.run.reversible.has_float64", lambda device: bool(asked.append(device)))
+    monkeypatch.setattr("mfx.run.chain.has_float64", lambda device: bool(asked.append(device)))
     network = Net(60, 8, p=0.0).float()
     assert plan(mfx.momentumize(network, gamma=0.9)).state_dtype == F64
     began = []
