@@ -42,6 +42,31 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Rules
+    Mutation("the gradient of gamma leaves out the velocity", "rule/varying.py",
+             "apart = -branch if v is None else v - branch", "apart = -branch",
+             first="tests/models/test_gammas.py"),
+    Mutation("no velocity is kept for the gradient of gamma", "rule/arithmetic/snapshots.py",
+             "(self.velocities or step - 1 not in self._kept)", "step - 1 not in self._kept",
+             first="tests/models/test_gammas.py"),
+    Mutation("what is read out as z gives the velocity no gradient", "run/chain.py",
+             "return grad, (wide * ctx.coast).to(ctx.dtype), of_coast", "return grad, None, of_coast",
+             first="tests/models/test_rules.py"),
+    Mutation("blocks read z where they read a state on the way", "run/chain.py",
+             "        self.handed[index] = x\n",
+             "        self.handed[index] = x\n        self.states[index] = x if index in self.wanted else x\n",
+             first="tests/models/test_rules.py"),
+    Mutation("leapfrog takes h for its square", "rule/leapfrog.py",
+             "return float(self.h) ** 2", "return float(self.h)", first="tests/models/test_rules.py"),
+    Mutation("random signs are drawn in eval mode", "rule/gammas.py",
+             "if not self.training:", "if False:", first="tests/models/test_gammas.py"),
+    Mutation("all calls of a layer are one", "find/whole/layers.py",
+             "(path, scope.call) if path", "(path, 0) if path", first="tests/find/whole"),
+    Mutation("a layer that writes to x is taken whole", "find/whole/layers.py",
+             "checked = check(flow, whole, named=True)", "checked = whole", first="tests/find/whole"),
+    Mutation("what gives gamma is run as a layer of Sequential", "model/parts.py",
+             "added = {name: root._modules.pop(name) for name in ADDED if name in root._modules}", "added = {}",
+             first="tests/test_examples.py"),
     # Sharding
     Mutation("sharded parameters are operands", "run/operands.py",
              "if units is not None and units.hold(module, name):", "if False:",
@@ -176,8 +201,8 @@ MUTATIONS = (
     Mutation("at gamma 0 x goes on without the branch's scale", "run/uninverted/plain.py",
              "advance(step, x, None, value)[0]", "(x + value)", first="tests/run/uninverted/test_together.py"),
     Mutation("what a block wrote to is handed out by another block as it is", "run/reversible.py",
-             "return _copies(chain, plain(chain, plan, root, x, operands))",
-             "return tuple(plain(chain, plan, root, x, operands))", first="tests/run/test_reversible.py"),
+             "return copies(chain, plain(chain, start.plan, root, x, operands))",
+             "return tuple(plain(chain, start.plan, root, x, operands))", first="tests/run/test_reversible.py"),
     Mutation("a block that is put in place later is run", "model/parts.py",
              "(guard is None or guard.paths != paths)", "False", first="tests/capture/test_guards.py"),
     Mutation("a region without gradient is left twice in what is foreseen", "budget/step.py",
@@ -219,11 +244,11 @@ MUTATIONS = (
     Mutation("a value seen too late is let pass", "run/beside/scout.py",
              "if key in self._unseen and", "if False and", "tests/run/test_watched.py"),
     Mutation("velocity carried into the next chain", "run/reversible.py",
-             "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n",
-             "    left, run.left = getattr(run, 'left', None), state.detach() * 0.01\n"
-             "    if velocity is None and chain.index and left is not None and left.shape == state.shape:\n"
-             "        velocity = left\n"
-             "    velocity = None if velocity is None else velocity.to(plan.state_dtype)\n"),
+             "    how, v = carry(chain.steps, plan), start.velocity\n",
+             "    how, v = carry(chain.steps, plan), start.velocity\n"
+             "    left, run.left = getattr(run, 'left', None), x.detach() * 0.01\n"
+             "    if v is None and chain.index and left is not None and left.shape == x.shape:\n"
+             "        v = left\n"),
     Mutation("gradient of v_0 lost", "run/reversible.py", "own_v if ctx.needs_input_grad[6] else None", "None"),
     # Linked chains
     Mutation("a linked chain begins anew", "run/linked/joint.py",
@@ -244,7 +269,7 @@ MUTATIONS = (
     # Which blocks, in which chains
     Mutation("the inner blocks on a tie", "plan/level.py", "(-len(block.nodes), place", "(len(block.nodes), place",
              "tests/plan"),
-    Mutation("the last matching gamma wins", "options.py", "for pattern, value in gamma if",
+    Mutation("the last matching gamma wins", "options/gammas.py", "for pattern, value in gamma if",
              "for pattern, value in reversed(gamma) if", "tests/plan"),
     Mutation("every block a chain of its own", "plan/order.py", "open_runs.pop(block.skip, None)", "None",
              "tests/plan"),
@@ -293,7 +318,7 @@ MUTATIONS = (
              "tests/run/test_refused_backward.py"),
     Mutation("the branch's value held while it is differentiated", "run/recompute.py",
              "            del values, grad, grad_extra\n", "", "tests/models/test_peaks.py"),
-    Mutation("a frozen prefix inverted", "run/closing.py", "(index != left.first or", "(index > 0 or",
+    Mutation("a frozen prefix inverted", "run/closing.py", "index != left.first or left.back", "index > 0 or left.back",
              "tests/models/test_peaks.py"),
     Mutation("joined steps read the state of another", "run/uninverted/together.py",
              "State(side.step - group.start)", "State(side.step - group.start + 1)",

@@ -1,8 +1,8 @@
 """State: the momentum side of a model, its options and its graphs so far.
 
-Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, the modules' modes and settings),
-and captures the model anew where there is none.  A symbolic capture is proven at its first call (M12).  Every graph
-must give the chains of the first one.  Graphs are bounded in number; the one not used for longest goes first.
+Each call looks up the rewritten graph that holds for it (its arguments, tensors aside, and the modes of modules), and
+captures the model anew where there is none.  A symbolic capture is proven at its first call (M12).  Every graph must
+give the chains of the first one.  Graphs are bounded in number; the one not used for longest goes first.
 Known limits: forward hooks on modules that the capture entered do not run (a warning names them).
 """
 
