@@ -27,6 +27,7 @@ from mfx.errors import BackwardError, InputTypeError, OptionError
 from mfx.model.parts import parts_of
 from mfx.rule.arithmetic.precision import floating_error
 from mfx.rule.step import Escape, State, advance, check_velocity, retreat
+from mfx.rule.varying import Varies
 from mfx.run import ChainSpec
 from mfx.run.recompute import conditions_of, submodule
 
@@ -83,7 +84,7 @@ class Chain:
             (x_N, v_N) in float64.
 
         Raises:
-            OptionError: ``sides`` does not fit.
+            OptionError: ``sides`` does not fit, or gamma is given by a module.
             InputTypeError: ``x`` is complex.
             BackwardError: a branch draws random numbers, or reads an earlier value of the chain.
 
@@ -160,6 +161,11 @@ class Chain:
         if x.is_complex():
             raise InputTypeError(f"{self.name}: x is complex ({x.dtype}), and the recurrence is for real numbers")
         for step in self._spec.steps:
+            if isinstance(step.rule, Varies):
+                raise OptionError(
+                    f"{self.name}: gamma of block {step.name!r} is given by a module at each call of the model, so the "
+                    "chain by itself is no one function. Momentumize the model with numbers for gamma"
+                )
             if any(isinstance(side, (State, Escape)) for side in step.sides):
                 raise BackwardError(
                     f"{self.name}: block {step.name!r} reads an earlier state or branch value of its own chain, which "

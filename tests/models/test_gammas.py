@@ -231,6 +231,7 @@ def test_what_does_not_go_with_modules_that_give_gamma_is_refused() -> None:
         (lambda: mfx.backend(gamma=gamma), "no model to register them on"),
         (lambda: mfx.momentumize(net, gamma, activation_budget=0.5, example_inputs=x), "activation_budget"),
         (lambda: mfx.momentumize(net, gamma, rule="midpoint"), "does not go with"),
+        (lambda: mfx.chains(mm)[0].forward(x), "no one function"),
         (lambda: mfx.LearnedGamma(1.0), "between 0 and 1"),
         (lambda: mfx.RandomSign(0.0), "above 0 and below 1"),
     ):
