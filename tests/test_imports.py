@@ -107,7 +107,7 @@ def test_only_rewriting_and_capturing_build_graphs():
         if isinstance(node, ast.Attribute) and node.attr in build
     }
     assert building == {
-        "capture/dynamo.py",
+        "capture/lifted.py",
         "capture/tracer.py",
         "compile/pieces.py",
         "find/streams/joining.py",

@@ -160,6 +160,11 @@ def set_gamma(mm: nn.Module, gamma: Gamma) -> None:
         >>> mfx.set_gamma(mm, 0.5)
     """
     checked = check_gamma(gamma)
+    if callable(checked):
+        raise InputTypeError(
+            f"gamma must be a float in [-1, 1) or a mapping from block-name pattern to float, not "
+            f"{type(gamma).__name__}: tensors, and modules that give gamma, are for momentumize(model, gamma=...)"
+        )
     parts = parts_of(mm)
     for part in parts.values():
         refuse_gamma(part.options)

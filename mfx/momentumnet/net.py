@@ -194,7 +194,9 @@ class MomentumNet(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for printing."""
-        return f"{self._rule}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
+        named = self.__dict__[STATE].options.rule
+        rule = f"gamma={self.gamma}" if named is None else f"rule={named!r}"
+        return f"{rule}, use_backprop={self.use_backprop}, is_residual={self.is_residual}"
 
     @property
     def _rule(self) -> Rule:

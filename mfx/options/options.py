@@ -104,8 +104,7 @@ def make_options(
     activation_budget: Budget = None,
 ) -> Options:
     """Check each argument and freeze them."""
-    _check_velocity(velocity)
-    _check_precision(state_dtype, tolerance)
+    _check_values(velocity, state_dtype, tolerance)
     _check_choices(capture=capture, readout=readout, granularity=granularity)
     checked, budget = check_gamma(gamma), check_budget(activation_budget)
     if callable(checked) and budget is not None:
@@ -136,14 +135,11 @@ def _check_choices(**given: Any) -> None:
             raise OptionError(f"{argument} must be one of {', '.join(map(repr, _CHOICES[argument]))}, not {value!r}")
 
 
-def _check_velocity(velocity: Any) -> None:
+def _check_values(velocity: Any, state_dtype: Any, tolerance: Any) -> None:
     if not (velocity in ("zero", "first") if isinstance(velocity, str) else callable(velocity)):
         raise OptionError(
             f"velocity must be 'zero', 'first' or a factory velocity(chain) -> nn.Module, not {velocity!r}"
         )
-
-
-def _check_precision(state_dtype: Any, tolerance: Any) -> None:
     if state_dtype not in _STATE_DTYPES:
         raise OptionError(f"state_dtype must be 'auto' or a floating dtype, not {state_dtype!r}")
     if tolerance is not None and not (is_real(tolerance) and 0 < tolerance < 1):

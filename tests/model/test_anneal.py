@@ -132,7 +132,7 @@ def test_a_change_of_gamma_keeps_the_branches_and_is_cheap():
         ({"steps": 2.5}, "at least 1"),
         ({"steps": 3, "shape": "square"}, "'linear', 'cosine'"),
         ({"steps": 3, "end": 1.0}, "gamma >= 1"),
-        ({"steps": 3, "start": -0.1}, "negative"),
+        ({"steps": 3, "start": -1.1}, "below -1"),
         ({"steps": 3, "end": {"*": 0.5}}, "same patterns"),
     ],
 )

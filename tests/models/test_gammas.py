@@ -237,3 +237,9 @@ def test_what_does_not_go_with_modules_that_give_gamma_is_refused() -> None:
     ):
         with pytest.raises(mfx.OptionError, match=says):
             call()
+
+
+@pytest.mark.parametrize("gamma", [torch.tensor(0.5), torch.full((8,), 0.5), mfx.LearnedGamma()], ids=str)
+def test_a_model_is_not_given_a_tensor_for_gamma_afterwards(gamma: Any) -> None:
+    with pytest.raises(mfx.InputTypeError, match=r"are for momentumize\(model, gamma=...\)"):
+        mfx.set_gamma(mfx.momentumize(Net()), gamma)
