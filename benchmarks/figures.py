@@ -153,10 +153,7 @@ def short(data: dict[str, Any]) -> str:
         "Peak of a training step, and its time where that was measured, over plain backprop's "
         f"({'; '.join(machines)}; `python benchmarks/step.py`; [all tables](benchmarks/results/step.md)):"
     )
-    parts = [heading, markdown(["", "plain peak", *ways], rows)]
-    if PICTURE.exists():
-        parts.append("![Time against memory of a training step](docs/pictures/frontier.png)")
-    return "\n\n".join(parts)
+    return f"{heading}\n\n{markdown(['', 'plain peak', *ways], rows)}"
 
 
 def _both(data: dict[str, Any], case: str, way: str, plain: float) -> str:
