@@ -161,8 +161,8 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small language model by four rules.")
     parser.add_argument("--quick", action="store_true", help="two layers, two steps, to see that it runs")
-    parser.add_argument("--depth", type=int, default=12, help="layers, of two residual adds each")
-    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--depth", type=int, default=8, help="layers, of two residual adds each")
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the picture goes")
     options = parser.parse_args()
     depth, steps, pattern = (2, 2, "a*.py") if options.quick else (options.depth, options.steps, "*.py")
