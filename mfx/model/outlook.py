@@ -121,7 +121,7 @@ def _whole(model: nn.Module, options: Options, example_inputs: Any) -> Outlook:
     for name, factory in ((VELOCITY, options.velocity), (GAMMA, options.gamma)):
         if callable(factory):
             chains = {str(chain.index): factory(chain) for chain in entry.passed.plan.chains}
-            mm.add_module(name, nn.ModuleDict(chains))
+            mm.add_module(name, nn.ModuleDict(chains).train(model.training))
         if isinstance(factory, Given):
             factory.check()
     return Outlook(mm, entry, None if example_inputs is None else as_call(example_inputs))

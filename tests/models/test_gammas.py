@@ -134,6 +134,7 @@ def test_random_signs_are_drawn_anew_and_the_plain_network_is_left_in_eval_mode(
     assert not torch.equal(drawn[-1], drawn[-2])
     mm.eval(), net.eval()
     assert_same(run(mm, x), run(net, x))
+    assert_same(run(mfx.momentumize(net, mfx.RandomSign(0.5)), x), run(net, x))
 
 
 def test_random_signs_keep_no_more_with_depth() -> None:
