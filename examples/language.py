@@ -127,7 +127,7 @@ def train(depth: int, steps: int, pattern: str) -> dict[str, Run]:
     """All networks, step by step in turn."""
     text, generator = library(pattern), torch.Generator().manual_seed(0)
     text, held_out = text[: 9 * len(text) // 10], text[9 * len(text) // 10 :]
-    tests = [cut(held_out, 64, generator) for _ in range(8)]
+    tests = [cut(held_out, 64, generator) for _ in range(8 if depth > 2 else 1)]
     runs = {name: Run(options, 128, depth, steps) for name, options in WAYS.items()}
     for step in track(range(steps + 1), "training"):
         batch = cut(text, BATCH, generator)
