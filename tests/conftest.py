@@ -23,7 +23,7 @@ collect_ignore = ["mutations.py"]
 _phases = [phase for phase in Phase if phase is not Phase.explain]
 _common = settings(deadline=None, print_blob=True, phases=_phases, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", _common, max_examples=30, derandomize=True)
-settings.register_profile("ci", _common, max_examples=40, derandomize=True)
+settings.register_profile("ci", _common, max_examples=32, derandomize=True)
 # Fresh examples each time; says how to repeat a failure, and keeps it in .hypothesis/ for the next run.
 settings.register_profile("search", _common, max_examples=2000, derandomize=False)
 # Whether a failure is found, not which is the smallest.

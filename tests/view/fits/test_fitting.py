@@ -225,7 +225,7 @@ print(found.size, found.bytes, allocated_peak(training))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("budget", "gamma"), [(None, 0.9), (0.0, 0.0), (0.5, 0.9)])
+@pytest.mark.parametrize(("budget", "gamma"), [(None, 0.9), (0.0, 0.0)])
 def test_a_vision_transformer_in_a_process_of_its_own_needs_what_was_foreseen(budget, gamma):
     script = SCRIPT.format(budget=budget, gamma=gamma)
     path = ":".join(filter(None, sys.path))
