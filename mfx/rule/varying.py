@@ -149,9 +149,9 @@ def gammas_of(steps: tuple[StepSpec, ...]) -> list[Tensor | None]:
 
 
 def by_values(steps: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
-    """The steps with the values of their gammas alone, without history."""
+    """The steps with the values that their gammas have now, without history: backward is by those of its forward."""
     return tuple(
-        replace(step, rule=replace(step.rule, gamma=step.rule.gamma.detach()))
+        replace(step, rule=replace(step.rule, gamma=step.rule.gamma.detach().clone()))
         if isinstance(step.rule, Varying)
         else step
         for step in steps

@@ -71,7 +71,9 @@ def with_gammas(chain: ChainSpec, gammas: Tensor | None, x: Tensor) -> ChainSpec
     """The chain by the ``gammas`` of this call; as it is planned where there are no values."""
     if not any(isinstance(step.rule, Varies) for step in chain.steps) or is_symbolic(x):
         return chain
-    steps = varied(chain.name, chain.steps, gammas, x, known=not (is_recording() or compiling(x)))
+    steps = varied(
+        chain.name, chain.steps, gammas, x, known=not (is_recording() or compiling(x) or functions_are_transformed())
+    )
     learned = any(gamma is not None and gamma.requires_grad for gamma in gammas_of(steps))
     planned = partial(chain.schedule, rules=tuple(step.rule.planned for step in steps), velocities=learned)
     return replace(chain, steps=steps, schedule=planned)

@@ -244,3 +244,31 @@ def test_what_does_not_go_with_modules_that_give_gamma_is_refused() -> None:
 def test_a_model_is_not_given_a_tensor_for_gamma_afterwards(gamma: Any) -> None:
     with pytest.raises(mfx.InputTypeError, match=r"are for momentumize\(model, gamma=...\)"):
         mfx.set_gamma(mfx.momentumize(Net()), gamma)
+
+
+def test_gamma_is_taken_as_it_was_in_forward() -> None:
+    """A step of an optimizer between forward and backward, and a second backward, change no gradient."""
+    net = Net().double().eval()
+    gamma = nn.Parameter(tensor(8))
+    mm, x = mfx.momentumize(net, gamma), x_of(net)
+    wanted = torch.autograd.grad(hand(net, gamma, "x")(x)[0].sum(), [gamma, *net.layers.parameters()])
+    out = mm(x)[0].sum()
+    with torch.no_grad():
+        gamma.mul_(0.5)
+    for keep in (True, False):
+        found = torch.autograd.grad(out, [gamma, *net.layers.parameters()], retain_graph=keep)
+        assert relative_error(list(found), list(wanted)) < TOLERANCE
+
+
+def test_under_transforms_gamma_is_what_the_module_gives() -> None:
+    net = Net().double().eval()
+    mm = mfx.momentumize(net, gamma=nn.Parameter(tensor(8)))
+    parameters = dict(mm.named_parameters())
+    x = x_of(net).detach()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(mm, parameters, (x,))[0].sum()
+
+    found = torch.func.grad(loss)(parameters)
+    wanted = torch.autograd.grad(mm(x)[0].sum(), list(parameters.values()))
+    assert relative_error(list(found.values()), list(wanted)) < TOLERANCE
