@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import assert_same, relative_error
 from nets import Block, Net
-from sharded import ByHand, by_block, momentum, process_group, run_sharded, whole
+from recurrence import NetByHand
+from sharded import by_block, momentum, process_group, run_sharded, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
@@ -44,7 +45,7 @@ def data() -> Tensor:
 def test_sharded_by_block_it_is_the_recurrence(order: str, gamma: float, reshard: bool, modules: Any):
     mm = momentum(net(), order, gamma, lambda m: by_block(m, reshard_after_forward=reshard), modules=modules)
     assert all(isinstance(block, FSDPModule) for block in mm.blocks)
-    expected = run_sharded(ByHand(net(), gamma), data())
+    expected = run_sharded(NetByHand(net(), gamma), data())
     for _ in range(2):
         assert_same(run_sharded(mm, data()), expected)
 
@@ -59,7 +60,7 @@ def test_no_unit_is_left_gathered_by_a_step(order: str):
 @ORDERS
 def test_gradients_add_up_over_steps_and_wait_where_they_are_not_to_be_reduced(order: str):
     mm, x = momentum(net(p=0.0), order), data()
-    expected = run_sharded(ByHand(net(p=0.0), 0.8), x)
+    expected = run_sharded(NetByHand(net(p=0.0), 0.8), x)
     for synced in (False, False, True):
         mm.set_requires_gradient_sync(synced)  # type: ignore[operator]
         out = mm(x.detach())
@@ -73,7 +74,7 @@ def test_gradients_add_up_over_steps_and_wait_where_they_are_not_to_be_reduced(o
 @ORDERS
 def test_parameters_may_wait_on_the_host(order: str):
     mm = momentum(net(), order, shard=lambda m: by_block(m, offload_policy=CPUOffloadPolicy(pin_memory=False)))
-    assert_same(run_sharded(mm, data()), run_sharded(ByHand(net(), 0.8), data()))
+    assert_same(run_sharded(mm, data()), run_sharded(NetByHand(net(), 0.8), data()))
 
 
 @ORDERS
@@ -86,7 +87,7 @@ def test_mixed_precision_gives_what_the_stored_run_gives_up_to_it(order: str):
 
     x = data().detach().float()
     found, stored = run_sharded(made(True), x), run_sharded(made(False), x)
-    exact = run_sharded(ByHand(net(p=0.0, depth=6), 0.8), x.double())
+    exact = run_sharded(NetByHand(net(p=0.0, depth=6), 0.8), x.double())
     assert next(iter(found.outputs.values())).dtype == torch.bfloat16  # type: ignore[union-attr]
     assert relative_error(found.outputs, stored.outputs) == 0
     assert relative_error(found.grads, stored.grads) < relative_error(stored.grads, exact.grads)
@@ -159,7 +160,7 @@ SHARDINGS = [lists_of_modules, inside_of_blocks, only_inside_of_blocks, only_the
 @pytest.mark.parametrize("shard", [*SHARDINGS, all_of_it])
 def test_whatever_else_is_sharded(order: str, shard: Callable[[Net], Net]):
     prepared = stem_and_head if shard is all_of_it else lambda model: model
-    expected = run_sharded(ByHand(prepared(net()), 0.8), data())
+    expected = run_sharded(NetByHand(prepared(net()), 0.8), data())
     mm = momentum(prepared(net()), order, shard=shard)
     for _ in range(2):
         assert_same(run_sharded(mm, data()), expected)
@@ -172,7 +173,7 @@ def test_frozen_parameters_have_no_gradient_and_the_others_theirs(order: str, fr
     for model in models:
         model.get_submodule(frozen).requires_grad_(False)
     x = data().detach()
-    assert_same(run_sharded(momentum(models[0], order), x), run_sharded(ByHand(models[1], 0.8), x))
+    assert_same(run_sharded(momentum(models[0], order), x), run_sharded(NetByHand(models[1], 0.8), x))
 
 
 class Idle(Block):
@@ -186,7 +187,7 @@ class Idle(Block):
 @ORDERS
 def test_a_parameter_that_is_not_used_has_no_gradient(order: str):
     found = run_sharded(momentum(net(Idle), order), data())
-    assert_same(found, run_sharded(ByHand(net(Idle), 0.8), data()))
+    assert_same(found, run_sharded(NetByHand(net(Idle), 0.8), data()))
     assert found.grads["blocks.1.idle.weight"] is None
 
 
@@ -194,17 +195,17 @@ def test_a_parameter_that_is_not_used_has_no_gradient(order: str):
 def test_a_backward_that_is_asked_for_some_gradients_accumulates_none(order: str):
     mm, x = momentum(net(p=0.0), order), data()
     (found,) = torch.autograd.grad(mm(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(ByHand(net(p=0.0), 0.8)(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(NetByHand(net(p=0.0), 0.8)(x).square().sum(), x)
     assert relative_error(found, expected) < 1e-10
     assert all(parameter.grad is None for parameter in mm.parameters())
     mm(x).sum().backward(inputs=[x])
     assert all(parameter.grad is None for parameter in mm.parameters())
-    assert_same(run_sharded(mm, x), run_sharded(ByHand(net(p=0.0), 0.8), x))
+    assert_same(run_sharded(mm, x), run_sharded(NetByHand(net(p=0.0), 0.8), x))
 
 
 @ORDERS
 def test_a_graph_that_is_retained_gives_its_gradients_twice(order: str):
-    mm, model, x = momentum(net(p=0.0), order), ByHand(net(p=0.0), 0.8), data()
+    mm, model, x = momentum(net(p=0.0), order), NetByHand(net(p=0.0), 0.8), data()
     for each in (mm, model):
         loss = each(x).square().sum()
         loss.backward(retain_graph=True)
@@ -259,7 +260,7 @@ def test_what_a_sharded_block_keeps_has_its_gradient(order: str):
 
     mm, model, x = momentum(net(Kept), order, modules="blocks.?"), net(Kept), data()
     loss(mm, mm.blocks).backward()
-    loss(ByHand(model, 0.8), model.blocks).backward()
+    loss(NetByHand(model, 0.8), model.blocks).backward()
     ours = [whole(parameter.grad) for parameter in mm.parameters()]
     assert relative_error(ours, [parameter.grad for parameter in model.parameters()]) < 1e-10
 
@@ -279,7 +280,7 @@ def test_a_momentumized_model_has_the_methods_of_a_sharded_one():
     mm.unshard()
     mm.reshard()
     mm.set_requires_all_reduce(True)
-    assert_same(run_sharded(mm, data()), run_sharded(ByHand(net(), 0.8), data()))
+    assert_same(run_sharded(mm, data()), run_sharded(NetByHand(net(), 0.8), data()))
 
 
 class Positions(Net):
@@ -305,7 +306,7 @@ def test_parameters_of_the_root_are_there_when_it_runs(order: str):
 @pytest.mark.parametrize("budget", [1.0, 0.3, 0.0])
 def test_within_a_budget(budget: float):
     mm = momentum(net(), "before", example_inputs=data().detach(), activation_budget=budget)
-    assert_same(run_sharded(mm, data()), run_sharded(ByHand(net(), 0.8), data()))
+    assert_same(run_sharded(mm, data()), run_sharded(NetByHand(net(), 0.8), data()))
 
 
 def test_a_report_of_a_sharded_model_runs_no_hooks_and_gathers_nothing():
@@ -341,7 +342,7 @@ def test_fsdp1_is_refused_with_what_does_instead(where: str):
 
 def test_fsdp1_around_the_whole_momentumized_model_is_right():
     mm = Fsdp1(mfx.momentumize(net(), 0.8), device_id=torch.device("cpu"), use_orig_params=True)
-    expected = run_sharded(ByHand(net(), 0.8), data())
+    expected = run_sharded(NetByHand(net(), 0.8), data())
     found = run_sharded(mm, data())
     for ours, theirs in zip(found.grads.values(), expected.grads.values(), strict=True):
         assert relative_error(ours.view(theirs.shape), theirs) < 1e-10  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ import importlib
 from typing import Any
 
 from mfx.errors import OptionError
-from mfx.model import GammaSchedule
+from mfx.integrations.annealing import Annealing
 
 
 def __getattr__(name: str) -> Any:
@@ -35,34 +35,19 @@ def _gamma_callback() -> type:
         library = importlib.import_module("pytorch_lightning")
     base: Any = library.Callback
 
-    class GammaCallback(base):
+    class GammaCallback(Annealing, base):
         """Anneals gamma of a LightningModule, as :class:`mfx.GammaSchedule` does."""
-
-        def __init__(
-            self, start: Any = 0.0, end: Any = 0.9, *, steps: int | None = None, shape: str = "linear"
-        ) -> None:
-            self._ends, self._steps, self._shape = (start, end), steps, shape
-            self._schedule: GammaSchedule | None = None
-
-        @property
-        def gamma(self) -> Any:
-            """Gamma now; None before training."""
-            return None if self._schedule is None else self._schedule.gamma
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             """Begin, or go on where the Trainer's count is."""
             steps = self._steps or trainer.estimated_stepping_batches
             if steps == float("inf"):
                 raise OptionError("the training has no end that is known: give GammaCallback(..., steps=)")
-            schedule = GammaSchedule(pl_module, *self._ends, steps=int(steps), shape=self._shape)
-            schedule.load_state_dict({**schedule.state_dict(), "count": trainer.global_step})
-            self._schedule = schedule
+            self.begin(pl_module, int(steps), trainer.global_step)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             """One step of the optimizer, if there was one: batches may be accumulated."""
-            assert self._schedule is not None
-            while self._schedule.count < trainer.global_step:
-                self._schedule.step()
+            self.reach(trainer.global_step)
 
     GammaCallback.__qualname__ = "GammaCallback"
     return GammaCallback

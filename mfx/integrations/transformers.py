@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from mfx.model import GammaSchedule
+from mfx.integrations.annealing import Annealing
 
 
 def __getattr__(name: str) -> Any:
@@ -29,31 +29,16 @@ def __getattr__(name: str) -> Any:
 def _gamma_callback() -> type:
     from transformers import TrainerCallback
 
-    class GammaCallback(TrainerCallback):
+    class GammaCallback(Annealing, TrainerCallback):
         """Anneals gamma of the model that a Trainer trains, as :class:`mfx.GammaSchedule` does."""
-
-        def __init__(
-            self, start: Any = 0.0, end: Any = 0.9, *, steps: int | None = None, shape: str = "linear"
-        ) -> None:
-            self._ends, self._steps, self._shape = (start, end), steps, shape
-            self._schedule: GammaSchedule | None = None
-
-        @property
-        def gamma(self) -> Any:
-            """Gamma now; None before training."""
-            return None if self._schedule is None else self._schedule.gamma
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             """Begin, or go on where the Trainer's count is."""
-            steps = self._steps or max(state.max_steps, 1)
-            schedule = GammaSchedule(given["model"], *self._ends, steps=steps, shape=self._shape)
-            schedule.load_state_dict({**schedule.state_dict(), "count": state.global_step})
-            self._schedule = schedule
+            self.begin(given["model"], self._steps or max(state.max_steps, 1), state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             """One step of the optimizer."""
-            assert self._schedule is not None
-            self._schedule.step()
+            self.reach(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
             """Gamma beside the loss."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import assert_same, relative_error, run
 from nets import Net, rows
+from recurrence import NetByHand
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
@@ -30,25 +31,9 @@ class Square(nn.Module):
         return x + self.two(self.drop(torch.tanh(self.one(x))))
 
 
-class ByHand(nn.Module):
-    """The recurrence of a Net in plain autograd; the very same modules, under the very same names."""
-
-    def __init__(self, model: Net, gamma: float) -> None:
-        super().__init__()
-        self.stem, self.blocks, self.head, self.gamma = model.stem, model.blocks, model.head, gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        v = torch.zeros_like(x)
-        for block in self.blocks:
-            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
-            x = x + v
-        return self.head(x)
-
-
 def assert_right(mm: nn.Module, model: Net, gamma: float, tolerance: float = 1e-10) -> None:
     x = rows()
-    assert_same(run(mm, x), run(ByHand(model, gamma), x), tolerance)
+    assert_same(run(mm, x), run(NetByHand(model, gamma), x), tolerance)
 
 
 def tie_weights(model: Net) -> None:
@@ -264,7 +249,7 @@ def test_parameters_that_are_computed_outside_are_differentiated_through():
     model, x = Net(block=Square, p=0.0), rows()
     mm, factor = mfx.momentumize(model, 0.8), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     found = []
-    for each in (mm, ByHand(model, 0.8)):
+    for each in (mm, NetByHand(model, 0.8)):
         given = {name: value.detach() * factor for name, value in each.named_parameters()}
         out = torch.func.functional_call(each, given, (x,))
         found.append(torch.autograd.grad(out.square().sum(), [x, factor]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import relative_error
 from nets import Net, rows
+from recurrence import NetByHand
 from torch import Tensor, nn
 
 import mfx
@@ -46,26 +47,10 @@ class Router(Mixed):
         return self.b(self.drop(torch.tanh(self.norm(y))))
 
 
-class ByHand(nn.Module):
-    """The recurrence of a Net in plain autograd; the very same modules."""
-
-    def __init__(self, model: Net, gamma: float) -> None:
-        super().__init__()
-        self.stem, self.blocks, self.head, self.gamma = model.stem, model.blocks, model.head, gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        v = torch.zeros_like(x)
-        for block in self.blocks:
-            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
-            x = x + v
-        return self.head(x)
-
-
 def steps(model: Net, gamma: float, loss: Callable[[Tensor], Tensor], **options: Any) -> list[list[Tensor | None]]:
     """The gradients of x and all parameters from the reversible run, and from the recurrence by hand."""
     found = []
-    for each in (mfx.momentumize(model, gamma, **options), ByHand(model, gamma)):
+    for each in (mfx.momentumize(model, gamma, **options), NetByHand(model, gamma)):
         for buffer in model.buffers():
             buffer.zero_()
         x = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(5, 4).requires_grad_()
@@ -136,7 +121,7 @@ def test_a_hook_that_is_removed_before_backward():
         return out.sum() + kept.pop().square().sum()
 
     found = []
-    for each in (mfx.momentumize(model, 0.8), ByHand(model, 0.8)):
+    for each in (mfx.momentumize(model, 0.8), NetByHand(model, 0.8)):
         handle = model.blocks[1].a.register_forward_hook(lambda m, args, out: kept.append(out))
         torch.manual_seed(1)
         found.append(torch.autograd.grad(loss(each(rows().detach() * 0 + 1)), list(model.parameters())))
@@ -263,7 +248,7 @@ class Reshapes(Mixed):
 def gradients(model: Net, gamma: float, kept: list[Tensor], ask: Callable[[Tensor], Any], **options: Any) -> list[Any]:
     """What ``ask(output)`` gives of the reversible run, and of the recurrence by hand."""
     found = []
-    for each in (mfx.momentumize(model, gamma, **options), ByHand(model, gamma)):
+    for each in (mfx.momentumize(model, gamma, **options), NetByHand(model, gamma)):
         for buffer in model.buffers():
             buffer.zero_()
         kept.clear()
@@ -440,7 +425,7 @@ def test_at_gamma_0_a_forward_hook_may_ask_for_the_gradient_at_once(way: str, wh
     }[way]
     for module in (model.blocks[1].norm, model.blocks[1].a):
         module.register_forward_hook(lambda m, args, out: ask(out))
-    for each in (mfx.momentumize(model, 0.0, modules=whole), ByHand(model, 0.0)):
+    for each in (mfx.momentumize(model, 0.0, modules=whole), NetByHand(model, 0.0)):
         torch.manual_seed(1)
         each(torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(5, 4)).square().sum().backward()
         found.append([value.grad if way == "retain_grad" else value for value in seen])
@@ -499,7 +484,7 @@ def test_at_gamma_0_a_loss_on_what_a_module_put_elsewhere_is_right():
     model = Net(block=Auxiliary)
     mm, x, found = mfx.momentumize(model, 0.0, modules="blocks.?"), rows(5).double()[:, :4], []
     mm(x)  # whose capture is proven by running the model
-    for each in (mm, mm, ByHand(model, 0.0)):
+    for each in (mm, mm, NetByHand(model, 0.0)):
         ELSEWHERE.clear()
         torch.manual_seed(1)
         found.append(torch.autograd.grad(loss(each(x)), list(model.parameters())))

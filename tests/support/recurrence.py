@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from helpers import Result, run
+from nets import Net
 from torch import Tensor, nn
 
 
@@ -30,3 +31,19 @@ def by_hand(blocks: nn.Sequential, gamma: float, x: Tensor) -> Result:
         named.clear()
         named.update(own)
     return result
+
+
+class NetByHand(nn.Module):
+    """The recurrence of a Net in plain autograd; the very same modules, under the very same names."""
+
+    def __init__(self, model: Net, gamma: float) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head, self.gamma = model.stem, model.blocks, model.head, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        v = torch.zeros_like(x)
+        for block in self.blocks:
+            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
+            x = x + v
+        return self.head(x)

@@ -83,22 +83,6 @@ def run_sharded(model: nn.Module, *inputs: Any, **given: Any) -> Result:
     return result
 
 
-class ByHand(nn.Module):
-    """The recurrence of a Net in plain autograd; the very same modules, under the very same names."""
-
-    def __init__(self, model: Net, gamma: float) -> None:
-        super().__init__()
-        self.stem, self.blocks, self.head, self.gamma = model.stem, model.blocks, model.head, gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        v = torch.zeros_like(x)
-        for block in self.blocks:
-            v = self.gamma * v + (1 - self.gamma) * (block(x) - x)
-            x = x + v
-        return self.head(x)
-
-
 class Checkpointed(Net):
     """A Net with a checkpoint around each block."""
 
