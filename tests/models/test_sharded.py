@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import relative_error
-from recurrence import ByHand as Recurrence
+from recurrence import ByHand, NetByHand
 from sharded import (
-    ByHand,
     body_of_layers,
     collectives,
     fresh,
@@ -26,7 +25,7 @@ ORDERS = ("before", "after")
 def test_sharded_by_block_two_processes_train_as_one(tmp_path):
     cases = [(order, gamma) for order in ORDERS for gamma in (0.0, 0.9)]
     for (_, gamma), found in zip(cases, in_two_processes(sharded_losses, tmp_path, cases), strict=True):
-        expected = losses(ByHand(fresh(depth=5), gamma))
+        expected = losses(NetByHand(fresh(depth=5), gamma))
         assert expected[-1] < 0.5 * expected[0]
         assert relative_error([(a + b) / 2 for a, b in zip(*found, strict=True)], expected) < 1e-6
 
@@ -51,7 +50,7 @@ def test_one_block_is_gathered_at_a_time(tmp_path):
 
 def test_tensor_and_sequence_parallel_layers_have_their_gradients(tmp_path):
     body, x = body_of_layers(), tokens().requires_grad_()
-    Recurrence(body, 0.9)(x).square().sum().backward()
+    ByHand(body, 0.9)(x).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in body.named_parameters()}
     hows = ((False, None), (True, None), (True, "?"))
     cases = [(order, sequence, modules) for order in ORDERS for sequence, modules in hows]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import assert_same, chain_names, relative_error
 from nets import Block, Net, rows
-from sharded import ByHand, by_block, momentum, process_group, run_sharded
+from recurrence import NetByHand
+from sharded import by_block, momentum, process_group, run_sharded
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -70,7 +71,7 @@ def data() -> Tensor:
 def test_sharded_before_each_block_is_one_step(block: Any):
     mm = momentum(net(block), "before")
     assert chain_names(mm) == (("blocks.0", "blocks.1", "blocks.2"),)
-    assert_same(run_sharded(mm, data()), run_sharded(ByHand(net(block), 0.8), data()))
+    assert_same(run_sharded(mm, data()), run_sharded(NetByHand(net(block), 0.8), data()))
 
 
 @pytest.mark.parametrize(("block", "adds"), [(Block, 1), (Pair, 2), (Two, 2)])
@@ -103,7 +104,7 @@ def test_sharded_afterwards_what_would_be_another_function_is_refused(block: Any
 @pytest.mark.parametrize("block", [Pair, Two, Normed])
 def test_named_as_a_block_before_it_may_be_sharded_afterwards(block: Any):
     mm = momentum(net(block), "after", modules="blocks.?")
-    assert_same(run_sharded(mm, data()), run_sharded(ByHand(net(block), 0.8), data()))
+    assert_same(run_sharded(mm, data()), run_sharded(NetByHand(net(block), 0.8), data()))
 
 
 class Looped(nn.Module):
@@ -172,7 +173,7 @@ def test_dynamo_calls_what_is_sharded(order: str):
     model = Branching(p=0.0)
     mm = momentum(model, order, example_inputs=data().detach(), capture="dynamo", modules="blocks.?")
     torch.manual_seed(0)
-    expected = run_sharded(ByHand(Branching(p=0.0), 0.8), data())
+    expected = run_sharded(NetByHand(Branching(p=0.0), 0.8), data())
     for _ in range(2):
         found = run_sharded(mm, data())
         assert relative_error(found.grads, expected.grads) < 1e-10
