@@ -272,3 +272,35 @@ def test_under_transforms_gamma_is_what_the_module_gives() -> None:
     found = torch.func.grad(loss)(parameters)
     wanted = torch.autograd.grad(mm(x)[0].sum(), list(parameters.values()))
     assert relative_error(list(found.values()), list(wanted)) < TOLERANCE
+
+
+class Pushed(nn.Module):
+    """A first velocity that is learned."""
+
+    def __init__(self, chain: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+def test_velocity_and_gamma_are_learned_together() -> None:
+    net, gamma = Net().double(), nn.Parameter(tensor(8))
+    mm = mfx.momentumize(net, gamma, velocity=Pushed)
+    first, x = mm.momentum_velocity["0"], x_of(net)
+    asked = [gamma, *first.parameters(), *net.parameters()]
+
+    def by_hand() -> Tensor:
+        y, v, k = x, first(x), 0
+        for layer in net.layers:
+            for branch in (layer.attend, layer.feed):
+                v = gamma[k] * v + (1 - gamma[k]) * branch(y)
+                y, k = y + v, k + 1
+        return net.head(y)
+
+    torch.manual_seed(1)
+    found = torch.autograd.grad(mm(x)[0].square().sum(), asked)
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(by_hand().square().sum(), asked)
+    assert relative_error(list(found), list(wanted)) < TOLERANCE

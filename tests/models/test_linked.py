@@ -21,7 +21,7 @@ import mfx
 from mfx.memory import allocated_bytes, step_bytes
 from mfx.model.parts import parts_of
 
-GAMMAS = pytest.mark.parametrize("gamma", [0.0, 0.9, 0.5])
+GAMMAS = pytest.mark.parametrize("gamma", [0.0, 0.9, -0.5])
 
 
 class Block(nn.Module):
