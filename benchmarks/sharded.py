@@ -1,7 +1,8 @@
 """A training step of a model that FSDP2 shards by block, in two processes: mfx beside torch's checkpoint under FSDP2.
 
-1. Each way is measured in the same two processes (gloo, on the CPU): two steps to warm up, one for the bytes
-   (:mod:`peaks`), one for the collectives (``CommDebugMode``).
+1. Each way is measured in the same two processes (gloo, on the CPU): two steps to warm up, nine for the bytes
+   (:mod:`peaks`), one for the collectives (``CommDebugMode``).  Threads of gloo let go of what was gathered when they
+   come to it, so that peaks differ from step to step: the table has the median, the least and the most.
 2. Bytes are those of the process that has more, above what is there before the step (parameters and gradients, sharded,
    are there already); whole parameters and whole gradients, while they are alive, are in it.
 3. All of it is written to ``results/sharded.md``, with the machine.
@@ -17,6 +18,7 @@ import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import mfx
 
 RESULTS = Path(__file__).parent / "results" / "sharded.md"
-TOKENS, BATCH = 64, 8
+TOKENS, BATCH, STEPS = 64, 8, 9
 
 
 class Layer(nn.Module):
@@ -112,7 +114,7 @@ def measured(model: nn.Module, rank: int) -> dict[str, Any]:
 
     for _ in range(2):
         forward()[1].backward()
-    found: dict[str, Any] = {"bytes": step_bytes(forward)}
+    found: dict[str, Any] = {"bytes": [step_bytes(forward) for _ in range(STEPS)]}
     with CommDebugMode() as counting:
         _, loss = forward()
         found["forward"] = _count(counting, "allgather")
@@ -128,15 +130,21 @@ def _count(counting: CommDebugMode, name: str) -> int:
 
 def row(way: str, reshard: bool, found: list[dict[str, Any]]) -> dict[str, object]:
     """What both processes found, as a row of the table."""
+    steps = list(zip(*(one["bytes"] for one in found), strict=True))
     return {
         "way": way,
         "reshard_after_forward": reshard,
-        "peak of a step, MiB": f"{max(one['bytes'].peak for one in found) / 2**20:.1f}",
-        "alive after forward, MiB": f"{max(one['bytes'].after_forward for one in found) / 2**20:.1f}",
+        "peak of a step, MiB": _spread([max(one.peak for one in pair) for pair in steps]),
+        "alive after forward, MiB": _spread([max(one.after_forward for one in pair) for pair in steps]),
         "all-gathers, forward": found[0]["forward"],
         "all-gathers, backward": found[0]["backward"],
         "reduce-scatters": found[0]["reduced"],
     }
+
+
+def _spread(sizes: list[int]) -> str:
+    least, middle, most = (size / 2**20 for size in (min(sizes), median(sizes), max(sizes)))
+    return f"{middle:.1f} ({least:.1f} to {most:.1f})"
 
 
 def main() -> None:
@@ -156,7 +164,8 @@ def main() -> None:
         f"float32), {BATCH} sequences of {TOKENS} tokens in each process. Measured on: {machine}, torch "
         f"{torch.__version__}.\n\n"
         "Bytes are the allocator's, of the process that has more, above what is there before the step; whole "
-        "parameters and gradients count while they are alive.\n\n"
+        "parameters and gradients count while they are alive. "
+        f"The median of {STEPS} steps, and the least and the most.\n\n"
         f"{tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)}\n",
         encoding="utf-8",
     )
