@@ -3,8 +3,9 @@
 1. With nothing kept, chains are reversed and all else, chains at gamma = 0 too, is recomputed by segments
    (:mod:`mfx.plan.segments`): the least.  On an accelerator it is less if inputs of segments wait on the host: where
    the budget asks for that, as few as that takes do, the first ones.
-2. Blocks and segments are put in the order in which keeping them is worth most: the last ones first, which are alive at
-   the start of backward in any case, then those of most work a byte.
+2. Blocks and segments are put in the order in which keeping them saves most time: the last one first, which is alive at
+   the start of backward in any case, then either those of most work a byte, or from the end on, since blocks that
+   are kept up to the end of their chain need nothing of what it takes to undo a state.
 3. The peak of a step with the first k of them kept is that of the rewritten graph itself, run on fake tensors
    (:mod:`mfx.budget.step`).  The largest k within the budget is found by bisection.  For the least (0.0) the last
    block of a chain is kept if that does not raise the peak.
@@ -20,19 +21,23 @@ import functools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
 from typing import Any
 
 from torch import nn
 
-from mfx.budget.prices import prices_of
+from mfx.budget.prices import FLOPS_A_BYTE, prices_of
 from mfx.budget.step import Peak, is_on_accelerator, peak_of
 from mfx.errors import Reason, TooLittleError
 from mfx.find import Block, Found
 from mfx.memory import format_bytes
-from mfx.plan import Forecast, Plan, Way
+from mfx.plan import Chain, Forecast, Plan, Way
 from mfx.plan.order import in_order
 from mfx.plan.segments import Prices, segments_of
 from mfx.rewrite import Binding, rewrite
+
+_PASSES = 75
+"""How often a state's bytes, in the dtype of x, are moved when it is carried a step forward and undone again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +64,13 @@ def within(
     plan = replace(plan, chains=tuple(replace(chain, plain=chain.at_0 and not learned) for chain in plan.chains))
     order = in_order(found.flow, [chain.blocks for chain in plan.momentum])
     least = replace(plan, segments=segments_of(found.flow, order, prices))
-    ranked = _ranked(least, found, prices, binding)
     plain = peak_of(found.flow.graph, root, inputs)
     bottom = _peak(asked, least)
     wanted = budget * plain.bytes if isinstance(budget, float) else budget
     if wanted < bottom.bytes and is_on_accelerator(root, inputs):
         least, bottom = _offloading(asked, least, wanted)
     allowed = _allowed(budget, plain, bottom)
+    ranked = _ranked(least, found, prices, allowed - bottom.bytes)
     ranked = _free(asked, least, bottom, ranked) if isinstance(budget, float) and budget == 0.0 else ranked
     peaks = functools.cache(lambda count: _peak(asked, keeping(least, ranked[:count])))
     if isinstance(budget, float) and budget in (0.0, 1.0):
@@ -109,15 +114,26 @@ def _peak(asked: _Asked, plan: Plan) -> Peak:
     return peak_of(rewrite(asked.found, plan, asked.binding).graph, asked.root, asked.inputs, rewritten=True)
 
 
-def _ranked(plan: Plan, found: Found, prices: Prices, binding: Binding) -> list[Block]:
-    """Blocks and segments, in the order in which they are to be kept."""
+def _ranked(plan: Plan, found: Found, prices: Prices, room: float) -> list[Block]:
+    """Blocks and segments, in the order in which they are to be kept, as far as there is ``room`` for them."""
     position = found.flow.position
     chains = [chain for chain in plan.momentum if chain.way.reversible]
     items = [*plan.segments, *(block for chain in chains for block in chain.blocks)]
     items = [item for item in items if prices.saved_by(item.members)]
-    items.sort(key=lambda item: prices.work_of(item.members) / prices.saved_by(item.members), reverse=True)
-    last = max(items, key=lambda item: position[item.output], default=None)
-    return [item for item in items if item is last] + [item for item in items if item is not last]
+    items.sort(key=lambda item: position[item.output], reverse=True)
+    by_work = sorted(items, key=lambda item: prices.work_of(item.members) / prices.saved_by(item.members), reverse=True)
+    by_work.sort(key=lambda item: item is not items[0])
+    return max((by_work, items), key=lambda order: _spared(order, chains, prices, room))
+
+
+def _spared(order: Sequence[Block], chains: Sequence[Chain], prices: Prices, room: float) -> float:
+    """The work that keeping the first ones in ``order`` spares, within ``room``."""
+    bytes_kept = accumulate(prices.saved_by(item.members) for item in order)
+    kept = [item for item, total in zip(order, bytes_kept, strict=True) if total <= room]
+    ids = {id(item) for item in kept}
+    tails = (takewhile(lambda block: id(block) in ids, reversed(chain.blocks)) for chain in chains if not chain.at_0)
+    carried = sum(prices.sizes.get(block.output, 0) for tail in tails for block in tail)
+    return sum(prices.work_of(item.members) for item in kept) + FLOPS_A_BYTE * _PASSES * carried
 
 
 def _free(asked: _Asked, least: Plan, bottom: Peak, ranked: Sequence[Block]) -> list[Block]:
@@ -138,7 +154,7 @@ def keeping(plan: Plan, kept: Sequence[Block]) -> Plan:
     for chain in plan.chains:
         steps = frozenset(step for step, block in enumerate(chain.blocks) if id(block) in ids)
         if steps and len(steps) == len(chain.blocks):
-            chains.append(replace(chain, way=Way(Reason.WITHIN_BUDGET)))
+            chains.append(replace(chain, way=Way(Reason.WITHIN_BUDGET), kept=steps))
         else:
             chains.append(replace(chain, kept=steps))
     segments = tuple(segment for segment in plan.segments if id(segment) not in ids)

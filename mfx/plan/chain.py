@@ -12,6 +12,7 @@ from mfx.find import Block, Rejection
 from mfx.graph.notes import DTYPE, MODES, Modes
 from mfx.options import Options
 from mfx.rule import Rule, Schedule, schedule
+from mfx.rule.step import tail_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,8 @@ class Chain:
         dtype = self.input.meta.get(DTYPE, torch.float32)
         found = self.schedule(dtype if dtype.is_floating_point else torch.float32)
         rules = ", ".join(dict.fromkeys(map(str, self.rules)))
-        how = found.note(len(self.blocks)) if self.way.reversible else "activations kept"
+        how = found.note(self.tail) if self.way.reversible else "activations kept"
+        how = f"{how}; the last {len(self.blocks) - self.tail} kept" if 0 < self.tail < len(self.blocks) else how
         how = "the model's own operations" if self.plain else how
         return f"{rules}; {len(self.blocks)} steps; {how}"
 
@@ -111,6 +113,11 @@ class Chain:
         """The steps that start from a tap."""
         return tuple(step for step, block in enumerate(self.blocks[:-1], 1) if block.output in self.taps)
 
+    @property
+    def tail(self) -> int:
+        """The step from which on all keep their activations, so that nothing there is undone."""
+        return tail_of(len(self.blocks), self.kept)
+
     def schedule(
         self,
         dtype: torch.dtype,
@@ -122,10 +129,11 @@ class Chain:
     ) -> Schedule:
         """State dtype and snapshots for an input of ``dtype``; see :func:`mfx.rule.arithmetic.snapshots.schedule`.
 
-        ``rules`` are others than planned, where gamma varies, or (not ``cut`` at taps) where chains are linked.
+        It is that of the steps before the ``tail``.  ``rules`` are others than planned, where gamma varies, or (not
+        ``cut`` at taps) where chains are linked.
         """
         how = (self.state_dtype, self.tolerance, compute, self.cuts if cut else (), float64, velocities)
-        return schedule(self.rules if rules is None else rules, dtype, *how)
+        return schedule(self.rules[: self.tail] if rules is None else rules, dtype, *how)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def fused(backend: str | Callable[..., Any]) -> Kernels:
 
 def _compiled(kernel: Any, backend: Any) -> Callable[..., Any]:
     # Code of its own for each backend: that is what compiled variants are counted by.
-    own = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
+    own = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__, kernel.__defaults__)
     compiled = torch.compile(own, backend=backend, dynamic=True)
 
     def run(*given: Any) -> Any:

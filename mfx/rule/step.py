@@ -7,7 +7,7 @@ tensors and its two numbers alone.  A plain step computes what the model compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,11 @@ class StepSpec:
         if self.wrapped or self.written == "branch":
             return value
         return x if self.written == "skip" else torch.promote_types(x, value)
+
+
+def tail_of(steps: int, kept: Set[int]) -> int:
+    """The step from which on all of a chain's keep their activations."""
+    return next((step + 1 for step in reversed(range(steps)) if step not in kept), 0)
 
 
 def advance(step: StepSpec, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""Chain: what is run, and the plain run of it, in which autograd stores what it needs.
+"""Chain: what is run.
 
-:class:`Inner` keeps, in either run, the values of a chain that later steps of it, or others, read.
+:class:`Inner` keeps, in the reversible run and the stored one, the values of a chain that later steps of it, or others,
+read.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mfx.errors import InputTypeError
-from mfx.rule.arithmetic.carry import EAGER, Floating, Kernels
+from mfx.rule.arithmetic.carry import EAGER, Kernels
 from mfx.rule.arithmetic.snapshots import Schedule
-from mfx.rule.step import Escape, State, StepSpec
+from mfx.rule.step import Escape, State, StepSpec, tail_of
 from mfx.rule.varying import Varies, gammas_of, varied
 from mfx.run.conditions import autocast_dtype, compiling, is_symbolic
 from mfx.run.detector import Drift
@@ -32,7 +33,7 @@ class ChainSpec:
     ``taps`` are the steps whose result is handed out as well, in both cases as z where it ``reads_z``
     (:attr:`mfx.rule.base.Rule.coast`); ``copied`` the positions among all values handed
     out that somebody outside will write to in place, and that are therefore handed out as copies; ``kept`` the steps
-    that keep their activations all the same where the chain is ``reversible``.
+    that keep their activations all the same where the chain is ``reversible``; from the ``tail`` on all do.
     ``schedule(dtype, compute, float64=)`` is that of :func:`mfx.rule.arithmetic.snapshots.schedule`; ``kernels`` do the
     arithmetic of its state; ``drift`` takes what its backwards measure, ``proven`` the steps of which one has shown
     that no gradient is lost, ``followed`` those of which a run has shown that their modules leave nothing elsewhere.
@@ -60,6 +61,11 @@ class ChainSpec:
     def ends(self) -> tuple[int, ...]:
         """The steps before which a segment ends: after each tap, and at the end."""
         return (*(tap + 1 for tap in self.taps), len(self.steps))
+
+    @property
+    def tail(self) -> int:
+        """The step from which on nothing is undone in backward."""
+        return tail_of(len(self.steps), self.kept)
 
     def coast(self, index: int) -> float | Tensor | None:
         """How much of the velocity after a step belongs to what is handed out there; None: nothing."""
@@ -110,28 +116,14 @@ def schedule_of(chain: ChainSpec, root: nn.Module, x: Tensor, **instead: Any) ->
     return chain.schedule(dtype, coarsest(casts), float64=has_float64(x.device), **instead)
 
 
-def stored(
-    chain: ChainSpec,
-    carry: Floating,
-    root: nn.Module,
-    x: Tensor,
-    v: Tensor | None,
-    operands: Sequence[Sequence[Any]],
-    dtype: torch.dtype,
-) -> tuple[list[Any], Tensor, Tensor | None]:
-    """The plain recurrence, for which autograd stores what it needs: what is handed out, and the state as carried."""
-    inner = Inner(chain)
-    for index, step in enumerate(chain.steps):
-        x, v = carry.enter(index, x, v)
-        value, *extra = step.branch(root, x.to(dtype), *inner.sides(index, operands[index]))
-        dtype = step.result_dtype(dtype, value.dtype)
-        x, v = carry.advance(index, x, v, value)
-        out = x.to(dtype)
-        inner.record(out, extra)
-        x = continued(out, x) if index in chain.taps else x
-        if index + 1 in chain.ends:
-            inner.read_out(out, carry.velocity(index + 1, v))
-    return inner.handed_out(), x, v
+def gradient_dtype(dtype: torch.dtype, carried: torch.dtype) -> torch.dtype:
+    """In which dtype the gradient of a state goes on, which the model has in ``dtype``.
+
+    That of the state, as in the model itself where nothing is carried finer (M1); but not finer than float32, unless
+    the model is.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide if torch.promote_types(wide, carried) == carried else carried
 
 
 def copies(chain: ChainSpec, values: Sequence[Any]) -> tuple[Any, ...]:

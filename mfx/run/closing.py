@@ -132,6 +132,7 @@ class Rewind:
         carry = left.setting.carry
         self.scale = None if end is None or end[1] is None else size_of(carry.velocity(self.position, end[1]))
         self.drifts: list[Tensor] = []
+        self.over = False  # nobody else has the state: the one before may be written over it
 
     def before(self, index: int) -> tuple[Tensor, Tensor | None, After]:
         """x_i, v_i where it is kept, and what is needed of the state after the step, all as carried and let go here."""
@@ -145,7 +146,8 @@ class Rewind:
         assert after is not None
         x, v = after
         assert v is not None
-        x = with_zeros(setting.carry.x_before(index, x, v), self.zeros, self.left.counted + index - self.left.begin)
+        x = setting.carry.x_before(index, x, v, self.over)
+        x = with_zeros(x, self.zeros, self.left.counted + index - self.left.begin)
         x = _with_strides(x, self.left.strides(index))
         return x.to(self.left.state_dtype(index)), None, (None, v)
 
@@ -153,6 +155,8 @@ class Rewind:
         """Take the state before a step; after the last one give it back, where it is another's, and the drift away."""
         if index != self.left.first:
             self.state = (x, v)
+            read = self.left.traces[index - self.left.begin].dtype
+            self.over = index not in self.left.setting.plan.snapshots and self.left.setting.apart(x, read)
             return
         if self.left.back is not None:
             self.left.back((x, v), self.zeros)
@@ -210,7 +214,7 @@ class Turn:
             self.rewind.check(index, self.inside, self.v, self.after, value)
         if value is not None and self.divides:
             assert self.after[1] is not None
-            self.known = setting.carry.v_before(index, self.inside, self.after[1], value)
+            self.known = setting.carry.v_before(index, self.inside, self.after[1], value, self.rewind.over)
         if value is not None and self.total is not None:
             self.of_gamma = self._of_gamma(value)
         setting.observe(index, self.inside, self.known)

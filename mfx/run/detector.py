@@ -85,11 +85,23 @@ def _text(chain: str, value: float, tolerance: float) -> str:
 _PIECES = 16
 _WHOLE = 1 << 12
 """Into how many pieces tensors are cut, and from how many elements on."""
+_SAMPLE = 1 << 16
+"""How many elements, about, tell whether a function repeats itself."""
 
 
 def size_of(value: Tensor) -> Tensor:
     """The L2 norm."""
     return torch.linalg.vector_norm(values_of(value.detach()))
+
+
+def size_of_sample(value: Tensor) -> Tensor:
+    """The L2 norm of some of the elements, the same for each tensor of a shape, from all over it."""
+    value = values_of(value.detach())
+    if type(value) is not Tensor or value.numel() <= _SAMPLE:
+        return size_of(value)
+    # Rows are read at once, so what is left out is not read.
+    dim = max(range(max(value.dim() - 1, 1)), key=value.size)
+    return size_of(value[(slice(None),) * dim + (slice(None, None, value.numel() // _SAMPLE),)])
 
 
 def pieces(*tensors: Tensor | None, whole: bool = False) -> Iterator[tuple[Any, ...]]:

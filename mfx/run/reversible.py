@@ -32,7 +32,7 @@ from mfx.rule.arithmetic.carry import carry
 from mfx.rule.step import added, check_velocity, passed_on, pulled
 from mfx.rule.varying import by_values, gammas_of
 from mfx.run.beside import joined
-from mfx.run.chain import ChainSpec, Inner, continued, copies, schedule_of, stored, wants_gradient, with_gammas
+from mfx.run.chain import ChainSpec, Inner, continued, copies, schedule_of, wants_gradient, with_gammas
 from mfx.run.closing import Close, Turn, out_of_turn, refuse_double_backward
 from mfx.run.conditions import Autocast, is_symbolic
 from mfx.run.linked import Start, joint_of
@@ -42,6 +42,7 @@ from mfx.run.recompute import Rerun, as_inner, as_recomputed, saved_tensors
 from mfx.run.tape import Recorder, Setting, Slot, newest_observer
 from mfx.run.uninverted.kept import kept_step
 from mfx.run.uninverted.plain import is_plain, plain
+from mfx.run.uninverted.stored import stored, stored_tail
 from mfx.run.watched import refuse_watched
 from mfx.run.watching import Followed
 from mfx.sharding import ANCHOR
@@ -69,7 +70,7 @@ def run(
     joint = joint_of(chain)
     before = None if joint is None else joint.before(chain, x)
     by = velocity if before is None else before.gradient_goes_by
-    reversible = chain.reversible and wants_gradient(x, by, (*operands, gammas_of(chain.steps)))
+    reversible = chain.reversible and chain.tail > 0 and wants_gradient(x, by, (*operands, gammas_of(chain.steps)))
     if joint is None:
         start = Start(schedule_of(chain, root, x), velocity)
     else:
@@ -87,7 +88,7 @@ def _stored(
 ) -> tuple[Any, ...]:
     """The plain recurrence from its start."""
     plan, before = start.plan, start.before
-    how, v = carry(chain.steps, plan), start.velocity
+    how, v = carry(chain.steps[: chain.tail], plan), start.velocity
     state = (x.to(plan.state_dtype), None if v is None else v.to(plan.state_dtype))
     if before is not None:
         how.go_on(before.carry)
@@ -109,8 +110,8 @@ def _reversible(
     first = states[0][1]
     if before is not None:
         states, first, v = [before.state], None, before.edge
-    inner, dtype, begin, left = Inner(chain), x.dtype, 0, dict[str, Any]()
-    for end in chain.ends:
+    inner, dtype, begin, left, tail = Inner(chain), x.dtype, 0, dict[str, Any](), chain.tail
+    for end in (*(end for end in chain.ends if end < tail), tail):
         recorder, slot, nodes = Recorder(dtype, begin, states.pop(), inner.wanted), Slot(), []
         if begin == 0 and before is not None:
             recorder.go_on(before.handover, before.zeros, before.counted)
@@ -133,6 +134,9 @@ def _reversible(
         x, v = _closed(setting, recorder, slot, inner, nodes, first if begin == 0 else None, x, v)
         states.append(recorder.state)
         dtype, begin, left = recorder.dtype, end, recorder.handed_over()
+    if tail < len(chain.steps):
+        stored_tail(inner, setting.carry, root, (x, v), states.pop(), operands, dtype)
+        return copies(chain, inner.handed_out())
     start.end(chain, x, state=states[0], carry=setting.carry, edge=v, **left)
     return copies(chain, inner.handed_out())
 
@@ -169,7 +173,7 @@ def _closed(
 
 def _setting(chain: ChainSpec, start: Start, root: nn.Module, x: Tensor) -> Setting:
     """What all steps of the forward that starts from x have in common."""
-    plan, how = start.plan, carry(chain.steps, start.plan, chain.kernels)
+    plan, how = start.plan, carry(chain.steps[: chain.tail], start.plan, chain.kernels)
     if start.before is not None:
         how.go_on(start.before.carry)
     return Setting(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mfx.rule.arithmetic.carry import Floating
 from mfx.rule.arithmetic.snapshots import Schedule
 from mfx.rule.arithmetic.zeros import counted_zeros
-from mfx.run.chain import ChainSpec
+from mfx.run.chain import ChainSpec, gradient_dtype
 from mfx.run.conditions import Autocast
 from mfx.run.linked.handover import Handover
 
@@ -60,6 +60,10 @@ class Setting:
     symbolic: bool
     observer: Observer | None = None
     linked: bool = False
+
+    def apart(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether who reads a state in ``dtype`` has a copy of it, and nobody is told of it."""
+        return x.dtype != dtype and self.observer is None and not x.is_nested
 
     def observe(self, index: int, x: Tensor, v: Tensor | None = None) -> None:
         """Tell the observer, if any, about a state."""
@@ -141,12 +145,18 @@ class Recorder:
     def advance(self, setting: Setting, index: int, value: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
         """Go on to the state after a step, by its branch's value; gives what autograd takes for that state."""
         x, v = self.state
+        over = self._alone(setting, index, x)
         self.traces.append(Trace(self.dtype, x.stride(), differentiable))
         self.dtype = setting.chain.steps[index].result_dtype(self.dtype, value.dtype)
-        self.state = x, v = setting.carry.advance(index, x, v, value)
+        self.state = x, v = setting.carry.advance(index, x, v, value, over)
         setting.observe(index + 1, x, v)
         own = gradient_dtype(self.dtype, x.dtype)
         return x.detach().to(own) if index in self.wanted else self._edge(x, own), self._edge(v, own)
+
+    def _alone(self, setting: Setting, index: int, x: Tensor) -> bool:
+        """Whether nobody but this has the state before a step, so that the next may be written over it."""
+        before = gradient_dtype(self.dtype, x.dtype) if index - 1 in self.wanted else self.dtype
+        return index > self.first and setting.apart(x, self.dtype) and setting.apart(x, before)
 
     def _edge(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """What autograd takes for a state: its shape, and the dtype of its gradient; without values, if that can be."""
@@ -244,13 +254,3 @@ class Slot:
         """What comes to the values beside, without what has been given to them already."""
         joins = None if self.joins is None else self.joins()
         return grads if joins is None else joins.corrected(grads)
-
-
-def gradient_dtype(dtype: torch.dtype, carried: torch.dtype) -> torch.dtype:
-    """In which dtype the gradient of a state goes on, which the model has in ``dtype``.
-
-    That of the state, as in the model itself where nothing is carried finer (M1); but not finer than float32, unless
-    the model is.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    return wide if torch.promote_types(wide, carried) == carried else carried

@@ -207,7 +207,7 @@ def _chain(
         reconstruction=tuple(error for _, error in sorted(states.errors[spec.name].items())),
         drift=drifts.get(spec.name),
         bound=plan.drift,
-        schedule=plan.note(len(spec.steps)),
+        schedule=plan.note(spec.tail),
     )
 
 

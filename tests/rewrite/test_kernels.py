@@ -39,6 +39,28 @@ def test_compiled_kernels_give_the_bits_of_the_eager_ones(layout: str, branch: t
         assert torch.equal(bits(made.w_before(w, value, False, per_w)), bits(EAGER.w_before(w, value, False, per_w)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "with gaps"])
+def test_compiled_kernels_write_over_a_state_what_the_eager_ones_give(layout: str, backend: str) -> None:
+    made = fused(backend)
+    per_w, unit = torch.tensor(2.0**28 * 0.3, dtype=torch.float64), torch.tensor(2.0**-20, dtype=torch.float64)
+    for size in (5, 8):
+        x, w, value = (torch.randn(2, 3, size, size, dtype=torch.float64) for _ in range(3))
+        x, w, value = map(LAYOUTS[layout], (x, (w * 2.0**30).round(), value))
+        given = value, False, per_w, 2.0**-13 * 0.7, unit
+        expected = EAGER.forward(x, w, *given)
+        found = made.forward(x, w, *given, True)
+        for mine, theirs, state in zip(found, expected, (x, w), strict=True):
+            assert torch.equal(bits(mine), bits(theirs))
+            assert mine.data_ptr() == state.data_ptr()
+        expected_x = EAGER.x_before(x, w, 0.7, unit)
+        assert torch.equal(bits(made.x_before(x, w, 0.7, unit, True)), bits(expected_x))
+        expected_w = EAGER.w_before(w, value, False, per_w)
+        assert torch.equal(bits(made.w_before(w, value, False, per_w, True)), bits(expected_w))
+        assert torch.equal(bits(x), bits(expected_x))
+        assert torch.equal(bits(w), bits(expected_w))
+
+
 def test_a_step_is_undone_bit_for_bit() -> None:
     """By the definition: x = x' - round(w' ratio) unit, w = w' - round(F per_w)."""
     made = fused("aot_eager")

@@ -248,6 +248,31 @@ def test_exact_arithmetic_is_undone_bit_for_bit(rule: Rule) -> None:
                 assert torch.equal(v, states[index][1]), index
 
 
+@pytest.mark.parametrize("rule", [Momentum(0.9), Momentum(-0.6), Midpoint(), Leapfrog(0.4)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F64), (torch.bfloat16, F32)], ids=str)
+def test_a_state_that_is_written_over_has_the_same_bits(rule: Rule, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    dtype, wide = dtypes
+    planned = schedule((rule,) * 6, dtype, wide, 1e-2 if wide is F32 else None)
+    if not planned.exact or planned.snapshots:
+        pytest.skip("nothing is carried exactly over six steps")
+    arithmetic = carry(tuple(step_of(rule) for _ in range(6)), planned)
+    x, v, values = torch.randn(64).to(wide), None, [torch.randn(64).to(dtype) for _ in range(6)]
+    for index, value in enumerate(values):
+        x, v = arithmetic.enter(index, x, v)
+        again = None if v is None else arithmetic.advance(index, x.clone(), v.clone(), value)
+        x, v = arithmetic.advance(index, x, v, value, over=index > 0) if index else arithmetic.advance(0, x, v, value)
+        assert again is None or all(map(torch.equal, again, (x, v)))
+    for index in reversed(range(1, 6)):
+        place, expected = x.data_ptr(), arithmetic.x_before(index, x, v)
+        x = arithmetic.x_before(index, x, v, over=True)
+        assert torch.equal(x, expected)
+        assert x.data_ptr() == place
+        place, expected = v.data_ptr(), arithmetic.v_before(index, x, v, values[index])
+        v = arithmetic.v_before(index, x, v, values[index], over=True)
+        assert torch.equal(v, expected)
+        assert v.data_ptr() == place
+
+
 def test_sums_of_gradients_take_none_for_zero() -> None:
     one, other = torch.ones(2), torch.full((2,), 2.0)
     assert added(None, None) is None

@@ -12,6 +12,7 @@ branches repeat themselves; :mod:`mfx.rule.arithmetic.precision` says when which
 
 Rounding is done by adding and subtracting 1.5 * 2^(digits - 1), to which gradients, NaN and infinity are
 transparent.  Both kinds of chain, reversible and stored, carry their state in this way, so they compute the same.
+Where nobody else has a state, the next one may be written ``over`` it: memory that is new costs more than arithmetic.
 
 Reference: Maclaurin, Duvenaud, Adams, "Gradient-based Hyperparameter Optimization through Reversible Learning",
 ICML 2015, arXiv 1502.03492, section 2 (the bits that a decay loses have to be kept somewhere).
@@ -47,15 +48,17 @@ class Floating:
         """x as step ``index`` uses it, and v itself where the step starts a run."""
         return x, v
 
-    def advance(self, index: int, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, index: int, x: Tensor, v: Tensor | None, value: Tensor, over: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The carried state after a step, from what :meth:`enter` gave and the branch's value."""
         return advance(self.steps[index], x, v, value)
 
-    def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
+    def x_before(self, index: int, x: Tensor, v: Tensor, over: bool = False) -> Tensor:
         """x before a step, from the carried state after it."""
         return self.steps[index].rule.x_before(x, v)
 
-    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
+    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor, over: bool = False) -> Tensor:
         """v before a step, from x before it, v after it and the branch's value at x."""
         return retreat(self.steps[index], x, v, value)
 
@@ -97,7 +100,9 @@ class Exact(Floating):
         grid = self.grids[index]
         return _rounded(x, grid.per_x).mul_(grid.x), v
 
-    def advance(self, index: int, x: Tensor, v: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(
+        self, index: int, x: Tensor, v: Tensor | None, value: Tensor, over: bool = False
+    ) -> tuple[Tensor, Tensor]:
         place, step = self.places[index], self.steps[index]
         if place.alone:
             x, v = advance(step, x, v, value)
@@ -108,18 +113,18 @@ class Exact(Floating):
             w = _rounded(v.to(x.dtype), grid.per_v)
         else:
             assert v is not None
-            return self.kernels.forward(x, v, *self._branch(index, x, value), self._ratio(index), grid.x)
+            return self.kernels.forward(x, v, *self._branch(index, x, value), self._ratio(index), grid.x, over)
         return x + moved(w, self._ratio(index), grid.x), w
 
-    def x_before(self, index: int, x: Tensor, v: Tensor) -> Tensor:
+    def x_before(self, index: int, x: Tensor, v: Tensor, over: bool = False) -> Tensor:
         if self.places[index].alone:
             return super().x_before(index, x, v)
-        return self.kernels.x_before(x, v, self._ratio(index), self.grids[self.places[index].start].x)
+        return self.kernels.x_before(x, v, self._ratio(index), self.grids[self.places[index].start].x, over)
 
-    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor) -> Tensor:
+    def v_before(self, index: int, x: Tensor, v: Tensor, value: Tensor, over: bool = False) -> Tensor:
         if index == self.places[index].start:
             return retreat(self.steps[index], x, self.velocity(index + 1, v), value)
-        return self.kernels.w_before(v, *self._branch(index, x, value))
+        return self.kernels.w_before(v, *self._branch(index, x, value), over)
 
     def velocity(self, index: int, v: Tensor) -> Tensor:
         if index == 0:
@@ -158,23 +163,35 @@ def moved(w: Tensor, ratio: Tensor | float, unit: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, w: Tensor, branch: Tensor, own: bool, per_w: Tensor, ratio: Tensor | float, unit: Tensor
+    x: Tensor,
+    w: Tensor,
+    branch: Tensor,
+    own: bool,
+    per_w: Tensor,
+    ratio: Tensor | float,
+    unit: Tensor,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(x', w') of a step, from the state before and F(x), which is used up if it is ``own``."""
-    w = _rounded(branch.to(x.dtype), per_w, own or branch.dtype != x.dtype).add_(w)
-    return moved(w, ratio, unit).add_(x), w
+    added = _rounded(branch.to(x.dtype), per_w, own or branch.dtype != x.dtype)
+    if not over:
+        w = added.add_(w)
+        return x + moved(w, ratio, unit), w
+    w.add_(added)
+    by = _whole(torch.mul(w, ratio, out=added)).mul_(unit)
+    return x.add_(by), w
 
 
-def x_before(x: Tensor, w: Tensor, ratio: Tensor | float, unit: Tensor) -> Tensor:
+def x_before(x: Tensor, w: Tensor, ratio: Tensor | float, unit: Tensor, over: bool = False) -> Tensor:
     """x from (x', w')."""
     by = moved(w, ratio, unit)
-    return torch.sub(x, by, out=by)
+    return x.sub_(by) if over else torch.sub(x, by, out=by)
 
 
-def w_before(w: Tensor, branch: Tensor, own: bool, per_w: Tensor) -> Tensor:
+def w_before(w: Tensor, branch: Tensor, own: bool, per_w: Tensor, over: bool = False) -> Tensor:
     """w from w' and F(x), which is used up if it is ``own``."""
     added = _rounded(branch.to(w.dtype), per_w, own or branch.dtype != w.dtype)
-    return torch.sub(w, added, out=added)
+    return w.sub_(added) if over else torch.sub(w, added, out=added)
 
 
 EAGER = Kernels(forward, x_before, w_before)
@@ -243,5 +260,9 @@ def _power_of_two(size: Tensor) -> Tensor:
 
 def _rounded(x: Tensor, factor: Tensor | float, own: bool = False) -> Tensor:
     """``round(x * factor)``, a new tensor or (``own``) x itself; the gradient is that of ``x * factor``."""
+    return _whole(x.mul_(factor) if own else x * factor)
+
+
+def _whole(x: Tensor) -> Tensor:
     rounder = _ROUNDER[x.dtype]
-    return (x.mul_(factor) if own else x * factor).add_(rounder).sub_(rounder)
+    return x.add_(rounder).sub_(rounder)

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from mfx.errors import BackwardError
 from mfx.rule.step import Escape, State, added, cotangents
+from mfx.run.chain import gradient_dtype
 from mfx.run.closing import rewind_of
 from mfx.run.recompute import Opened, Rerun, saved_tensors
-from mfx.run.tape import gradient_dtype
 from mfx.run.uninverted.kept import Alive
 
 Key = tuple[int, int]

@@ -4,8 +4,9 @@
 2. When backward asks for one, the function runs again, from inputs that are kept as autograd keeps them (one that was
    changed in place raises, M8).  What autograd saves then is what the numbers stand for.  The second run ends with the
    last of it (*early stop*): of a branch that ends in a matrix product, that product is not computed again.
-3. The last value that the first run had computed is not kept, but its L2 norm is.  How far that of the second run is
-   from it is told, so that a function that does not repeat itself is noticed (:mod:`mfx.run.detector`).
+3. The last value that the first run had computed is not kept, but the L2 norm of a sample of it is.  How far that of
+   the second run is from it is told, so that a function that does not repeat itself is noticed
+   (:mod:`mfx.run.detector`).
 4. What a backward has not asked for goes when it ends.
 
 Source: torch/utils/checkpoint.py (``use_reentrant=False``), whose rules 2 and 4 these are; it compares shapes alone.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mfx.errors import BackwardError
 from mfx.run.conditions import is_symbolic
-from mfx.run.detector import size_of
+from mfx.run.detector import size_of_sample
 from mfx.run.recompute import saved_tensors
 from mfx.torch_versions import when_backward_ends
 
@@ -86,7 +87,7 @@ class _Frame:
         """The first run is over."""
         if self.last is not None:
             number, tensor = self.last
-            self.last = None if is_symbolic(tensor) else (number, size_of(tensor))
+            self.last = None if is_symbolic(tensor) else (number, size_of_sample(tensor))
 
     def made(self, number: int) -> Tensor:
         """The tensor of this number, made anew."""
@@ -114,7 +115,7 @@ class _Frame:
         self.values = found
         if self.last is not None:
             number, size = self.last
-            now = size_of(found[number]).double()
+            now = size_of_sample(found[number]).double()
             off = (now - size.double()).abs() / now.clamp_min(torch.finfo(torch.float32).tiny)
             self.told(off, found[number].dtype)
         forget = weakref.WeakMethod(self._forget)  # the frame is to go as soon as autograd lets it

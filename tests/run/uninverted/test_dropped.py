@@ -100,11 +100,17 @@ def test_a_function_that_saves_something_else_is_an_error(again, message):
         y.sum().backward()
 
 
-def test_a_function_with_other_values_is_told():
-    layers, x = parts()
-    y = dropping("f", lambda x: composed(layers, x), lambda x: composed(layers, x, 1.5), [x], told)
-    y.sum().backward()
-    assert OFF[0][0] > 1e-3
+@pytest.mark.parametrize("shape", [(4, 5), (3000, 50), (3, 2, 9000, 5), (3, 100_000, 1)], ids=str)
+def test_a_function_with_other_values_is_told(shape):
+    """Also where a sample of them is looked at."""
+    layers, _ = parts(width=shape[-1])
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for again, off in ((1.5, True), (1.0, False)):
+        OFF.clear()
+        y = dropping("f", lambda x: composed(layers, x), lambda x: composed(layers, x, again), [x], told)  # noqa: B023
+        y.sum().backward()
+        assert (OFF[0][0] > 1e-3) is off
+        assert off or OFF[0][0] == 0
 
 
 def test_an_input_that_is_changed_in_between_is_an_error():  # M8
