@@ -9,12 +9,13 @@
    What lies between chains is compiled by the backend (:mod:`mfx.compile.pieces`).
 3. The parameters of what gives velocities and gammas are touched in between the hooks, which makes them inputs of the
    graph.
+4. Where a region is inside of a higher-order operation (:mod:`mfx.compile.bodies`), all chains of the graph store.
 
 Nothing here looks at how the model was captured for eager use.
 
 Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
-Known limits: no momentumized model inside another or inside a higher-order operation (``torch.utils.checkpoint``); in
-``torch.export(strict=True)`` no learned velocities.
+Known limits: no momentumized model inside another; inside of a higher-order operation none with attention of torch's
+own; in ``torch.export(strict=True)`` no learned velocities.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ from mfx.capture import named_modules
 from mfx.capture.dynamo import pass_by_masks
 from mfx.capture.lifted import kind_of, mark, note_modes, note_shape
 from mfx.capture.named import MODULES, teach
-from mfx.compile.live import Live, Traceable
+from mfx.compile.added import added_of
+from mfx.compile.bodies import bodies
+from mfx.compile.live import Live, Traceable, only_for_these_options
 from mfx.compile.pieces import has_transforms, in_pieces, is_dynamic
 from mfx.compile.stand_ins import stand_ins
 from mfx.errors import CompileError, EntryError, PlanChangedError
 from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.pipeline import momentumize_graph
-from mfx.rewrite import AS_THEY_ARE, Added, Branches, Lifted
+from mfx.rewrite import AS_THEY_ARE, Branches, Lifted
 from mfx.torch_versions import only_explains
 
 _REGIONS = "_mfx_regions"
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 @dataclass(eq=False)
@@ -49,6 +53,7 @@ class _Region:
 
     root: nn.Module
     momentum: Traceable
+    source: Any
     before: set[fx.Node]
     needed: list[str] = field(default_factory=list)
 
@@ -80,8 +85,9 @@ def traced(root: nn.Module, momentum: Traceable, forward: Callable[..., Any], ar
         return None
     comptime(_enter)
     before = torch.backends.mha._is_fastpath_enabled
-    # In inference attention's fast path would swallow whole layers, adds and all; Dynamo follows no call of its setter.
-    torch.backends.mha._is_fastpath_enabled = False
+    if any(isinstance(module, _ATTENTION) for module in root.modules()):
+        # In inference its fast path would swallow whole layers, adds and all; Dynamo follows no call of the setter.
+        torch.backends.mha._is_fastpath_enabled = False
     # Dynamo makes inputs of what it sees used; _start forgets the uses.
     for modules in momentum.added(root).values():
         for module in modules:
@@ -127,8 +133,11 @@ def _output(context: Any) -> Any:
 
 
 def _local(context: Any, name: str) -> Any:
-    variable = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
-    return variable.realize().value
+    return _variable(context, name).value
+
+
+def _variable(context: Any, name: str) -> Any:
+    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
 
 
 def _enter(context: Any) -> None:
@@ -140,11 +149,6 @@ def _enter(context: Any) -> None:
         raise EntryError(
             f"{name} is one of the blocks that its model's own Python runs as a chain of momentum steps; compiled by "
             "itself it would run without the chain's velocity. Compile the model: what links the blocks runs eagerly"
-        )
-    if output.current_tracer is not output.root_tracer:
-        raise CompileError(
-            f"{name} is momentumized and runs inside a higher-order operation (torch.utils.checkpoint, torch.cond ...) "
-            "of the compiled function, where its graph cannot be rewritten: call it outside of that operation"
         )
     if output.export and any(momentum.added(root).values()):
         raise CompileError(f"{name} has learned velocities or gammas, and is exported with strict=False only")
@@ -158,7 +162,7 @@ def _enter(context: Any) -> None:
             "momentumize only one of them to compile it"
         )
     _refuse_all_children(root, momentum)
-    regions.open = _Region(root, momentum, set(output.graph.nodes))
+    regions.open = _Region(root, momentum, _variable(context, "momentum").source, set(output.graph.nodes))
     _outer[:] = [torch.backends.mha.get_fastpath_enabled()]
     teach()
     pass_by_masks(root)
@@ -218,10 +222,15 @@ def _in_front_of(compiler: Callable[..., Any], regions: _Regions, export: bool) 
         # Asked once: the inputs of a graph that was joined do not know what Dynamo has them from.
         placeholders = gm.graph.find_nodes(op="placeholder")
         kinds = [kind_of(node, value) for node, value in zip(placeholders, example_inputs, strict=True)]
-        # What only looks on is shown one graph; inside of transforms chains store, and are compiled as all else.
-        whole = export or only_explains(compiler) or has_transforms(gm.graph)
+        held = list(bodies(gm, dict(zip(placeholders, kinds, strict=True))))
+        # What only looks on is shown one graph; inside of operations, or transforms, chains store, and all is compiled.
+        whole = export or only_explains(compiler) or has_transforms(gm.graph) or bool(held)
         branches = AS_THEY_ARE if whole else Branches.by(compiler, is_dynamic(example_inputs))
         for number, region in enumerate(regions.closed):
+            if whole and not export:
+                only_for_these_options(region.source)
+            for body, inner in held:
+                body.take(_rewritten(body.gm, inner, number, region, branches))
             gm = _rewritten(gm, kinds, number, region, branches)
         # What Dynamo notes on the module that it hands over (why the graph ends, say) goes with what takes its place.
         for name, value in handed.__dict__.items():
@@ -258,7 +267,7 @@ def _rewritten(
             note_shape(node)
     momentum = region.momentum
     live = Live(momentum, momentum.options)
-    binding = Lifted(inner, branches, _added(region, [inputs[node] for node in needed]), live)
+    binding = Lifted(inner, branches, added_of(region.momentum, region.root, [inputs[node] for node in needed]), live)
     place, before = momentum.place, momentum.places
     passed = momentumize_graph(inner.graph, inner, momentum.options, binding, region.root, place, before)
     expected = region.momentum.expected()
@@ -278,22 +287,3 @@ def _rewritten(
 
 def _listed(chains: Sequence[Sequence[str]]) -> str:
     return str([list(chain) for chain in chains])
-
-
-def _added(region: _Region, inputs: Sequence[fx.Node]) -> dict[str, list[Added]]:
-    """What gives v_0 and gamma of each chain: its module, with the graph's inputs for its parameters and buffers."""
-    nodes = iter(inputs)
-    added: dict[str, list[Added]] = {}
-    for kind, modules in region.momentum.added(region.root).items():
-        for module in modules:
-            names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-            added.setdefault(kind, []).append((_called(module, names), tuple(next(nodes) for _ in names)))
-    return added
-
-
-def _called(module: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
-    def added(x: Any, *tensors: Any) -> Any:
-        return torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x,))
-
-    added.__module__ = "mfx"
-    return added

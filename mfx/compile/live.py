@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import nn
@@ -18,6 +18,7 @@ from mfx.pipeline import Passed, Place
 from mfx.plan import with_options
 from mfx.rewrite import chains_with_rules
 from mfx.run import ChainSpec
+from mfx.torch_versions import dynamo
 
 
 class Traceable(Protocol):
@@ -46,6 +47,15 @@ class Traceable(Protocol):
     def added(self, root: nn.Module) -> dict[str, list[nn.Module]]:
         """The modules that give velocities and gammas, by what they give, one for each chain."""
         ...
+
+
+def only_for_these_options(source: Any) -> None:
+    """Let what is being compiled hold for the options of now alone; ``source`` is Dynamo's name of their owner.
+
+    Where a compiler follows chains into their arithmetic, gamma is a constant there.
+    """
+    known = dynamo()
+    known.install_guard(known.AttrSource(source, "options").make_guard(known.GuardBuilder.ID_MATCH))
 
 
 _serial = count()

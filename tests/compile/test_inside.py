@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from compiled import chains, driven, gradients, handed, recording
-from helpers import relative_error
+from helpers import buffers_kept, relative_error
 from nets import Block, ConvBlock, ConvNet, Net, images, rows
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mfx
 from mfx import kept_bytes
@@ -55,6 +56,24 @@ def test_a_change_of_gamma_is_seen():
     for gamma in (0.9, 0.0, 0.5):
         mfx.set_gamma(mm, gamma)
         assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-12
+
+
+WHERE_CHAINS_STORE = {
+    "checkpoint": lambda mm: lambda x: checkpoint(mm, x * 1, use_reentrant=False),
+    "vmap": lambda mm: lambda x: torch.vmap(lambda x: mm(x))(x),
+    "grad": lambda mm: lambda x: torch.func.grad(lambda x: mm(x).square().sum())(x),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("where", WHERE_CHAINS_STORE)
+def test_a_change_of_gamma_is_seen_where_a_compiler_follows_chains_into_their_arithmetic(where, backend):
+    mm, x = mfx.momentumize(Net(3, p=0.0), 0.9), rows().detach()
+    call = WHERE_CHAINS_STORE[where](mm)
+    net = torch.compile(call, backend=backend, fullgraph=True)
+    for gamma in (0.9, 0.0, 0.5, 0.9):
+        mfx.set_gamma(mm, gamma)
+        assert relative_error(net(x), call(x)) < 1e-12
 
 
 def test_annealing_compiles_nothing_anew():
@@ -204,14 +223,46 @@ def test_breaks_around_the_model_do_no_harm():
     assert sum(len(chains(gm)) for gm in driven) == 1
 
 
-def test_inside_a_checkpoint_is_an_error():
-    mm = mfx.momentumize(Net(2, p=0.0), 0.9)
+CHECKPOINTED = {
+    "one model": lambda one, two, x: checkpoint(one, x * 1, use_reentrant=False),
+    "two models": lambda one, two, x: checkpoint(lambda x: two(one(x).tanh()), x * 1, use_reentrant=False),
+    "one outside": lambda one, two, x: two(checkpoint(one, x * 1, use_reentrant=False).tanh()),
+    "one in a checkpoint in one": lambda one, two, x: checkpoint(
+        lambda x: checkpoint(one, x * 2, use_reentrant=False).tanh(), x * 1, use_reentrant=False
+    ),
+}
 
-    def step(x):
-        return torch.utils.checkpoint.checkpoint(mm, x, use_reentrant=False)
 
-    with pytest.raises(Exception, match="inside a higher-order operation"):
-        torch.compile(step, backend="eager", fullgraph=True)(rows())
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", CHECKPOINTED)
+def test_inside_a_compiled_checkpoint_a_model_is_what_it_is_outside(where, backend):  # M5, M6
+    p = 0.2 if backend == "aot_eager" else 0.0  # inductor draws its own random numbers
+    one = mfx.momentumize(ConvNet(3, p=p), 0.9)
+    two = mfx.momentumize(nn.Sequential(nn.Linear(2, 4).double(), Net(2, p=p)), 0.7)
+    both, x, found = nn.ModuleList([one, two]), images(), []
+
+    def plainly(x):
+        y = one(x * 2).tanh() if where.startswith("one in") else one(x)
+        return two(y.tanh()) if where in ("two models", "one outside") else y
+
+    compiled = torch.compile(lambda x: CHECKPOINTED[where](one, two, x), backend=backend, fullgraph=True)
+    for step in (compiled, plainly):
+        torch.manual_seed(0)
+        with buffers_kept(both):
+            found.append([*gradients(step, both, x), *(buffer.clone() for buffer in both.buffers())])
+    assert relative_error(*found) < 1e-10
+
+
+def test_inside_of_a_condition_a_model_is_what_it_is_outside():
+    mm = mfx.momentumize(Net(3, p=0.0), 0.9)
+
+    def either(x):
+        return torch.cond(x.sum() > 0, lambda x: mm(x).sin(), lambda x: mm(x).cos(), (x,))
+
+    for x in (rows().abs(), -rows().abs()):
+        x = x.detach().requires_grad_()
+        net = torch.compile(either, backend="aot_eager", fullgraph=True)
+        assert relative_error(gradients(net, mm, x), gradients(either, mm, x)) < 1e-10
 
 
 class SeesCompiler(Net):
