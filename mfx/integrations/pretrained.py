@@ -17,7 +17,10 @@ from torch import nn
 
 from mfx.errors import InputTypeError, OptionError, PlanChangedError
 from mfx.model import momentumize
-from mfx.model.saved import MARK, RECIPE, inputs_of, options_of, recipe_of
+from mfx.model.parts import ADDED
+from mfx.model.saved import MARK, RECIPE, inputs_of, learned_of, options_of, recipe_of
+
+_LEARNED = [rf"(^|\.){name}\." for name in sorted(ADDED)]
 
 
 def from_pretrained(source: Any, path: Any = None, **given: Any) -> nn.Module:
@@ -35,7 +38,8 @@ def from_pretrained(source: Any, path: Any = None, **given: Any) -> nn.Module:
 
     Raises:
         OptionError: an option that is Python (a rule of one's own) has to be given again; the network has learned
-            velocities or gammas; or the directory is that of a plain model and no gamma is given.
+            velocities, or gammas that modules of one's own give; or the directory is that of a plain model and no
+            gamma is given.
         PlanChangedError: the chains are not those of the model that was saved.
 
     Example:
@@ -81,6 +85,8 @@ def _as_saved(model: nn.Module, recipe: dict[str, Any], asked: dict[str, Any]) -
         with torch.random.fork_rng(devices=[]), torch.device(device):
             example = inputs_of(recipe["example"])
     mm = momentumize(model, example_inputs=example, **options_of(recipe, asked))
+    if "gamma" not in asked and "rule" not in asked:
+        mm.load_state_dict(learned_of(recipe), strict=False)
     found = recipe_of(mm)["chains"]
     if found != recipe["chains"] and not asked:
         raise PlanChangedError(
@@ -115,7 +121,7 @@ def _knowing_the_mark(kind: Any) -> Iterator[None]:
     """Load without a word about the tensor by which the plain class is told that the file is a momentum network's."""
     name, own = "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_unexpected" in vars(kind)
     before = getattr(kind, name, None)
-    setattr(kind, name, [*(before or ()), MARK])
+    setattr(kind, name, [*(before or ()), MARK, *_LEARNED])
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from language import MODELS, WORDS, bert, llama, step
 from nets import Net, rows
+from safetensors.torch import load_file
 from torch import nn
 
 import mfx
@@ -64,6 +66,59 @@ def test_gammas_of_now_and_options_are_saved(tmp_path: Path, fresh_dynamo: None)
     assert recipe["options"]["exclude"] == ["*layers.0*"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "midpoint"},
+        {"rule": "leapfrog", "h": 0.5},
+        {"rule": mfx.Momentum(0.6)},
+        {"gamma": 0.7, "readout": "z"},
+        {"gamma": 0.7, "granularity": "layer"},
+        {"gamma": 0.7, "velocity": "first"},
+        {"gamma": mfx.RandomSign(0.5)},
+        {"gamma": mfx.LearnedGamma(0.7)},
+    ],
+    ids=str,
+)
+def test_rules_readouts_levels_and_learned_gammas_come_back(options: Any, tmp_path: Path, fresh_dynamo: None) -> None:
+    make, call = MODELS["llama"]
+    model = make().eval()
+    mm = mfx.momentumize(model, example_inputs=call, **options)
+    untrained = mm(**call).logits
+    learned = [parameter for name, parameter in mm.named_parameters() if "momentum_gamma" in name]
+    with torch.no_grad():
+        for parameter in learned:
+            parameter.add_(torch.randn_like(parameter))
+    assert torch.equal(untrained, mm(**call).logits) is not bool(learned)
+    mm.save_pretrained(tmp_path)
+    assert MARK in heard(lambda: type(model).from_pretrained(tmp_path))
+    again = mfx.from_pretrained(tmp_path)
+    found = []
+    for one in (again, mm):
+        torch.manual_seed(0)  # random signs are drawn in train mode
+        found += [one.eval()(**call).logits, one.train()(**call).logits]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[1], model.train()(**call).logits)
+
+
+@dataclass(frozen=True)
+class Own(mfx.Rule):
+    """A rule of the user's."""
+
+    decay = 0.5
+    pull = 0.5
+
+
+def test_a_rule_of_ones_own_is_given_again(tmp_path: Path, fresh_dynamo: None) -> None:
+    make, call = MODELS["llama"]
+    mm = mfx.momentumize(make().eval(), example_inputs=call, rule=Own())
+    mm.save_pretrained(tmp_path)
+    with pytest.raises(mfx.OptionError, match=r"rule=.*Own, which is Python and was not saved: give rule= again"):
+        mfx.from_pretrained(tmp_path)
+    assert torch.equal(mfx.from_pretrained(tmp_path, rule=Own()).eval()(**call).logits, mm(**call).logits)
+
+
 def test_what_is_given_comes_before_what_was_saved(tmp_path: Path, fresh_dynamo: None) -> None:
     mm, call, model = momentumized("bert")
     mm.save_pretrained(tmp_path)
@@ -89,10 +144,15 @@ def test_learned_velocities_are_loaded_by_hand(tmp_path: Path, fresh_dynamo: Non
     def velocity(chain: Any) -> nn.Module:
         return nn.Linear(16, 16)
 
-    mm = mfx.momentumize(model, 0.5, example_inputs={"pixel_values": pixels}, velocity=velocity).eval()
+    call = {"pixel_values": pixels}
+    mm = mfx.momentumize(model, 0.5, example_inputs=call, velocity=velocity).eval()
     mm.save_pretrained(tmp_path)
-    with pytest.raises(mfx.OptionError, match="load the state_dict"):
+    with pytest.raises(mfx.OptionError, match=r"plain class from there.*load_state_dict\(\.\.\., strict=False\)"):
         mfx.from_pretrained(tmp_path, velocity=velocity)
+    plain = transformers.ViTModel.from_pretrained(tmp_path).eval()
+    again = mfx.momentumize(plain, 0.5, example_inputs=call, velocity=velocity)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(again(**call)[0], mm(**call)[0])
 
 
 class Heard(logging.Handler):

@@ -2,7 +2,7 @@
 
 from mfx.model.saved.classes import saving, saving_methods
 from mfx.model.saved.printed import described
-from mfx.model.saved.recipe import EXAMPLE, MARK, RECIPE, form_of, inputs_of, options_of, recipe_of
+from mfx.model.saved.recipe import EXAMPLE, MARK, RECIPE, form_of, inputs_of, learned_of, options_of, recipe_of
 
 __all__ = [
     "EXAMPLE",
@@ -11,6 +11,7 @@ __all__ = [
     "described",
     "form_of",
     "inputs_of",
+    "learned_of",
     "options_of",
     "recipe_of",
     "saving",

@@ -64,7 +64,7 @@ def _refusal(original: type[nn.Module], instead: str) -> str:
 
 def _moving(gamma: Any) -> list[float]:
     """The gammas that are not 0."""
-    if isinstance(gamma, dict) and "python" in gamma:
+    if isinstance(gamma, dict) and not gamma.keys().isdisjoint(("python", "mfx")):
         return [float("nan")]
     if isinstance(gamma, dict) and "tensor" not in gamma:
         return [value for one in gamma.values() for value in _moving(one)]

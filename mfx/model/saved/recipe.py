@@ -3,12 +3,15 @@
 It has the options, among them gamma as it is now; the names of the blocks of each chain, by which a later reader can
 see that it made the same network; and shapes, dtypes and plain values of the example inputs, which some captures need.
 
+Rules and gammas of mfx's own are in it by name, and what a :class:`mfx.LearnedGamma` has learned.
+
 Known limits: options that are Python (a rule of one's own) are not in it and have to be given again; a network with
-learned velocities or gammas is not made again by its recipe.
+learned velocities, or gammas of one's own modules, is not made again by its recipe.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import inspect
 from collections.abc import Mapping
@@ -18,8 +21,9 @@ import torch
 from torch import nn
 
 from mfx.errors import OptionError
-from mfx.model.parts import full_names, parts_of
+from mfx.model.parts import ADDED, full_names, parts_of
 from mfx.options import gamma_of, make_options
+from mfx.rule import Leapfrog, LearnedGamma, Midpoint, Momentum, RandomSign
 
 RECIPE = "mfx"
 """The entry of a model's configuration that has the recipe."""
@@ -28,6 +32,7 @@ MARK = "momentum_network.load_it_with_mfx_from_pretrained"
 EXAMPLE = "_mfx_example"
 """Attribute of a momentumized model that saves itself: the form of its example inputs."""
 
+_OWN: dict[str, Any] = {kind.__name__: kind for kind in (Leapfrog, LearnedGamma, Midpoint, Momentum, RandomSign)}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,7 +55,20 @@ def recipe_of(mm: nn.Module) -> dict[str, Any]:
     if not callable(options.gamma):  # type: ignore[union-attr]
         given["gamma"] = next(iter(gammas.values())) if same else gammas
     chains = [list(chain) for part in parts.values() for chain in getattr(part, "chains", None) or ()]
-    return {"options": given, "chains": chains, "example": mm.__dict__.get(EXAMPLE)}
+    recipe = {"options": given, "chains": chains, "example": mm.__dict__.get(EXAMPLE)}
+    if isinstance(options.gamma, LearnedGamma):  # type: ignore[union-attr]
+        recipe["learned"] = {name: _encoded(value) for name, value in mm.state_dict().items() if _is_added(name)}
+    return recipe
+
+
+def _is_added(name: str) -> bool:
+    """Whether an entry of a state_dict is of what gives velocities or gammas."""
+    return any(part in ADDED for part in name.split("."))
+
+
+def learned_of(recipe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a recipe has of learned gammas, as a part of a state_dict."""
+    return {name: _decoded(value) for name, value in recipe.get("learned", {}).items()}
 
 
 def options_of(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,8 +81,9 @@ def options_of(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     for name in ("gamma", "velocity"):
         if isinstance(saved[name], _Python):
             raise OptionError(
-                f"the model was saved with {name}={saved[name].name}, which is learned: momentumize the plain model "
-                f"with {name}= as it was, and load the state_dict that was saved into that"
+                f"the model was saved with {name}={saved[name].name}, which modules of one's own learn: load the "
+                f"plain class from there, momentumize that with {name}= as it was, and load what the file has of "
+                "momentum_... with load_state_dict(..., strict=False)"
             )
     options = {**saved, **given}
     for name, value in options.items():
@@ -88,6 +107,8 @@ class _Python:
 def _encoded(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return value
+    if type(value).__name__ in _OWN and type(value) is _OWN[type(value).__name__]:
+        return {"mfx": type(value).__name__, **dataclasses.asdict(value)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Tensor):
@@ -105,6 +126,8 @@ def _decoded(value: Any) -> Any:
         return [_decoded(one) for one in value]
     if not isinstance(value, dict):
         return value
+    if value.get("mfx") in _OWN:
+        return _OWN[value["mfx"]](**{name: one for name, one in value.items() if name != "mfx"})
     if "python" in value:
         return _Python(value["python"])
     if "tensor" in value:
