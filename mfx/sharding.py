@@ -25,12 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.errors import BackwardError, CaptureError
+from mfx.errors import BackwardError, CaptureError, CompileError
 from mfx.torch_versions import fsdp_as_in_forward, fsdp_parameters, fsdp_places, fsdp_state, fsdp_states
 
 ANCHOR = torch.empty(0, requires_grad=True)
 """A leaf that stands for the parameters of all units: a backward comes to it, unless it is asked for the gradients of
 some tensors only, and then no unit may accumulate any."""
+
+COMPILE_BLOCKS = (
+    "Compile the blocks in place instead of the model (for block in blocks: block.compile()), before or after "
+    "fully_shard and mfx.momentumize"
+)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -76,6 +81,22 @@ def refuse_partitioned(block: str, tensor: Tensor) -> None:
             f"block {block!r}: its parameters are partitioned by DeepSpeed (ZeRO stage 3), whose hooks fill and empty "
             "them around each module, and expect no second run in backward. Use ZeRO stage 1 or 2, or "
             "torch.distributed.fsdp.fully_shard (FSDP2), or reversible=False"
+        )
+
+
+def refuse_compiled(model: nn.Module, name: str) -> None:
+    """Raise where FSDP2 shards something inside of ``model``, which is named so and about to be compiled whole.
+
+    Raises:
+        CompileError: names what is sharded, and what does instead.
+    """
+    units = [path for path, module in model.named_modules() if path and Units.of([module]) is not None]
+    if units:
+        shown = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
+        raise CompileError(
+            f"{name} is momentumized, and fully_shard shards parts of it ({shown}) by hooks that torch.compile does "
+            "not follow: its graph would end at each of them, and each part of a chain would start anew. "
+            f"{COMPILE_BLOCKS}, or run the model as it is; what is sharded as one can be compiled whole"
         )
 
 

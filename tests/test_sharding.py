@@ -340,6 +340,20 @@ def test_fsdp1_is_refused_with_what_does_instead(where: str):
         mfx.momentumize(model, 0.8)
 
 
+@ORDERS
+@pytest.mark.parametrize("shard", [by_block, lambda m: fully_shard(m.blocks[1]) and m])
+def test_compiled_whole_it_is_refused_with_what_does_instead(order: str, shard: Any, fresh_dynamo: None):
+    compiled = torch.compile(momentum(net(), order, shard=shard), backend="eager")
+    with pytest.raises(Exception, match=r"CompileError: .*fully_shard shards parts of it \(.*1.*block\.compile\(\)"):
+        compiled(data())
+
+
+def test_the_pass_inside_of_a_compiler_is_refused_with_what_does_instead(fresh_dynamo: None):
+    compiled = torch.compile(by_block(net()), backend="mfx", options={"inner": "eager"})
+    with pytest.raises(Exception, match=r"CompileError: .*hooks of fully_shard.*block\.compile\(\)"):
+        compiled(data())
+
+
 def test_fsdp1_around_the_whole_momentumized_model_is_right():
     mm = Fsdp1(mfx.momentumize(net(), 0.8), device_id=torch.device("cpu"), use_orig_params=True)
     expected = run_sharded(NetByHand(net(), 0.8), data())

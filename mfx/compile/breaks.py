@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from mfx.errors import CompileError
+from mfx.sharding import COMPILE_BLOCKS
 
 _TORCH = os.path.dirname(torch.__file__)
+_SHARDING = os.path.join(_TORCH, "distributed", "fsdp")
 
 
 def refuse_parts(gm: fx.GraphModule) -> None:
@@ -38,9 +40,16 @@ def refuse_parts(gm: fx.GraphModule) -> None:
         text = f"{outer.f_code.co_name} runs outside of the graph"
     raise CompileError(
         f"Dynamo breaks the graph at {where} ({text}), and what a momentum chain computes would depend on where it is "
-        "cut: each part starts with a new velocity. Rewrite that line (fullgraph=True shows why it cannot be "
-        "followed), compile the model alone and not what is around it, or accept one chain a part with "
-        "mfx.backend(..., graph_breaks=True)"
+        f"cut: each part starts with a new velocity. {_remedy(where)}"
+    )
+
+
+def _remedy(where: str) -> str:
+    if where.startswith(_SHARDING):
+        return f'Those are hooks of fully_shard. {COMPILE_BLOCKS}, and leave backend="mfx" out'
+    return (
+        "Rewrite that line (fullgraph=True shows why it cannot be followed), compile the model alone and not what is "
+        "around it, or accept one chain a part with mfx.backend(..., graph_breaks=True)"
     )
 
 

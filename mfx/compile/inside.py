@@ -15,7 +15,7 @@ Nothing here looks at how the model was captured for eager use.
 
 Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
 Known limits: no momentumized model inside another; inside of a higher-order operation none with attention of torch's
-own; in ``torch.export(strict=True)`` no learned velocities.
+own.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mfx.graph.notes import MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.pipeline import momentumize_graph
 from mfx.rewrite import AS_THEY_ARE, Branches, Lifted
+from mfx.sharding import refuse_compiled
 from mfx.torch_versions import only_explains
 
 _REGIONS = "_mfx_regions"
@@ -150,8 +151,6 @@ def _enter(context: Any) -> None:
             f"{name} is one of the blocks that its model's own Python runs as a chain of momentum steps; compiled by "
             "itself it would run without the chain's velocity. Compile the model: what links the blocks runs eagerly"
         )
-    if output.export and any(momentum.added(root).values()):
-        raise CompileError(f"{name} has learned velocities or gammas, and is exported with strict=False only")
     regions = output.__dict__.get(_REGIONS)
     if regions is None:
         regions = output.__dict__[_REGIONS] = _Regions()
@@ -162,6 +161,7 @@ def _enter(context: Any) -> None:
             "momentumize only one of them to compile it"
         )
     _refuse_all_children(root, momentum)
+    refuse_compiled(root, name)
     regions.open = _Region(root, momentum, _variable(context, "momentum").source, set(output.graph.nodes))
     _outer[:] = [torch.backends.mha.get_fastpath_enabled()]
     teach()
@@ -255,7 +255,7 @@ def _rewritten(
     nodes = [node for node in gm.graph.nodes if node.meta.get(REGION) == number]
     if not nodes:
         return gm
-    by_name = {str(node.target): node for node in placeholders}
+    by_name = {str(node.target): node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
     needed = [by_name[name] for name in region.needed]
     inner, inputs = part(gm, nodes, needed)
     if MODES in nodes[0].meta and nodes[0].meta[MODES] == nodes[-1].next.meta[MODES]:

@@ -49,9 +49,9 @@ class Looking(nn.Module):
         return self.stack(self.stem(x))
 
 
-def by_hand(model: Any, x: Tensor) -> Tensor:
+def by_hand(model: Any, x: Tensor, velocity: Any = torch.zeros_like) -> Tensor:
     x = model.stem(x)
-    v = torch.zeros_like(x)
+    v = velocity(x)
     for block in model.blocks:
         v = GAMMA * v + (1 - GAMMA) * (block(x) - x)
         x = x + v
@@ -125,13 +125,16 @@ def test_an_export_leaves_no_graph_behind(fresh_dynamo: None) -> None:
     assert model.stem.weight.grad is not None
 
 
-def test_learned_velocities_are_exported_without_strict_and_refused_with(fresh_dynamo: None) -> None:
-    x = rows().detach()
-    mm = mfx.momentumize(Net(), GAMMA, velocity=lambda chain: nn.Linear(6, 6).double()).eval()
-    exported = torch.export.export(mm, (x,), strict=False).module()
-    torch.testing.assert_close(exported(2 * x), mm(2 * x))
-    with pytest.raises(mfx.CompileError, match="strict=False"):
-        torch.export.export(mm, (x,), strict=True)
+@STRICT
+@pytest.mark.parametrize("gamma", [GAMMA, mfx.LearnedGamma(GAMMA)])
+def test_learned_velocities_and_gammas_are_exported(strict: bool, gamma: Any, fresh_dynamo: None) -> None:
+    model, x = Net().eval(), rows().detach()
+    mm = mfx.momentumize(model, gamma, velocity=lambda chain: nn.Linear(6, 6).double())
+    exported = torch.export.export(mm, (x,), strict=strict, dynamic_shapes=({0: BATCH},)).module()
+    y = torch.randn(9, 4, dtype=torch.float64)
+    torch.testing.assert_close(exported(y), by_hand(model, y, mm.momentum_velocity["0"]))
+    added = {name for name in dict(mm.named_parameters()) if name.startswith("momentum_")}
+    assert added <= set(dict(exported.named_parameters()))
 
 
 def test_a_budget_changes_nothing_of_what_is_exported(fresh_dynamo: None) -> None:

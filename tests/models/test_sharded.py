@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from helpers import relative_error
 from recurrence import ByHand, NetByHand
 from sharded import (
+    batch,
     body_of_layers,
     collectives,
+    compiled_gradients,
     fresh,
     in_two_processes,
     losses,
@@ -46,6 +50,17 @@ def test_one_block_is_gathered_at_a_time(tmp_path):
     # Weights are most of what is alive here: of eight blocks, two and their gradients.
     assert max(peaks["before"], peaks["after"]) < 1.1 * peaks["checkpoint"]
     assert max(peaks["before"], peaks["after"]) < 0.5 * peaks["root"]
+
+
+def test_blocks_compiled_in_place_and_whole_models_sharded_as_one_have_their_gradients(tmp_path):
+    net, (x, y) = NetByHand(fresh(), 0.9), batch()
+    (net(x) - y).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in net.named_parameters()}
+    by_block = list(permutations(("momentumize", "shard", "compile blocks")))
+    as_one = [(*ways, "compile") for ways in permutations(("momentumize", "shard the root"))]
+    cases = [(", ".join(ways),) for ways in (*by_block, *as_one)]
+    for (ways,), found in zip(cases, in_two_processes(compiled_gradients, tmp_path, cases), strict=True):
+        assert max(relative_error(grads, expected) for grads in found) < 1e-10, ways
 
 
 def test_tensor_and_sequence_parallel_layers_have_their_gradients(tmp_path):

@@ -167,6 +167,31 @@ def most_alive(rank: int, way: str) -> int:
     return min(allocated_peak(step) for _ in range(5))
 
 
+def compiled_gradients(rank: int, ways: str) -> dict[str, Tensor]:
+    """Gradients of a second step, where a model was made in these ways, in their order."""
+    make: dict[str, Work] = {
+        "momentumize": lambda model: mfx.momentumize(model, 0.9),
+        "shard": by_block,
+        "shard the root": fully_shard,
+        "compile blocks": _compile_blocks,
+        "compile": lambda model: torch.compile(model, backend="aot_eager"),
+    }
+    model = net = fresh()
+    for way in ways.split(", "):
+        net = make[way](net)
+        model = model if way == "compile" else net
+    for _ in range(2):
+        model.zero_grad()
+        (net(batch(rank)[0]) - batch(rank)[1]).square().mean().backward()
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}  # type: ignore[arg-type]
+
+
+def _compile_blocks(model: Net) -> Net:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return model
+
+
 def parallel(rank: int, order: str, sequence: bool, modules: Any) -> dict[str, Tensor]:
     """Gradients of a momentumized body with tensor parallelism, and sequence parallelism, of its blocks' inside."""
     mesh = dist.init_device_mesh("cpu", (2,))
