@@ -133,6 +133,7 @@ def test_budgets_that_nothing_fits_are_left_out(models: Path, capsys: pytest.Cap
         (["report", "toy_models:build", "--dtype", "float31"], "'float31' is not a dtype"),
         (["report", "toy_models:build", "--exclude", "nine"], "exclude='nine' matches no block"),
         (["verify", "toy_models:build"], "needs --input"),
+        (["report", "toy_models:build", "--output", "none/found.html"], "there is no folder 'none'"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_status_two(

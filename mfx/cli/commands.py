@@ -30,10 +30,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser({"report": _report, "verify": _verify, "fit": _fit}).parse_args(arguments)
     try:
+        _check_folder(options.output)
         return options.run(options)
     except MfxError as error:
         print(f"mfx: {error}", file=sys.stderr)
         return 2
+
+
+def _check_folder(output: str | None) -> None:
+    """Refuse a file that could not be written, before the work for it is done."""
+    if output and not Path(output).parent.is_dir():
+        raise OptionError(f"--output {output!r}: there is no folder {str(Path(output).parent)!r}: make it first")
 
 
 def _report(options: argparse.Namespace) -> int:
