@@ -162,7 +162,7 @@ class Rerun:
     def _run(self, values: Sequence[Any]) -> tuple[Any, ...]:
         setting = self.setting
         x, *sides = values
-        with setting.autocast(), self.conditions.rewound():
+        with setting.autocast(), self.conditions.rewound(), self.watch.stance():
             return self.step.again(setting.root, x, *sides)
 
     def _refuse_lost(

@@ -272,6 +272,9 @@ def _first_run(
     versions = [] if setting.symbolic else [tensor._version for tensor in seen]
     first = bool(rerun.watch.keeping) and index not in setting.chain.followed
     followed = Followed([x, *operands]) if first else None
+    rerun.watch.uncompiled = (
+        first  # what is followed Dynamo does not compile, and then draws otherwise than what is not
+    )
     once = (rerun.conditions.recorded(), rerun.watch.first())
     with setting.autocast(), once[0], once[1], as_recomputed(step):
         # A view, as in the recomputation: hooks that keep it get no leaf.
@@ -281,7 +284,7 @@ def _first_run(
         if followed is not None:
             followed.known[entry] = False
         rerun.watch.enters(entry, known, operands)
-        with followed or contextlib.nullcontext():
+        with followed or contextlib.nullcontext(), rerun.watch.stance():
             values = step.branch(setting.root, entry, *sides)
     if versions and [tensor._version for tensor in seen] != versions:
         raise BackwardError(

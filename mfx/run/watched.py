@@ -43,6 +43,7 @@ class Watch:
     """What leaves the runs of one branch: ``places`` are those of the first run, ``found`` the tensors at each.
 
     ``apart``: the first run has no history; where it has one, as in a segment, all is part of the graph by itself.
+    ``uncompiled``: what modules have compiled is run eagerly, in both runs.
     """
 
     def __init__(self, modules: Sequence[nn.Module], apart: bool = True) -> None:
@@ -53,6 +54,7 @@ class Watch:
         self.found: dict[Place, Tensor] = {}
         self.modules, self.apart = modules, apart
         self._looking: set[tuple[nn.Module, int]] = set()
+        self.uncompiled = False
         self._entry: Tensor | None = None
         self._instead: dict[int, Tensor] = {}
         self._originals: dict[int, Tensor] = {}
@@ -100,6 +102,10 @@ class Watch:
                 f"keep the block as it is with exclude={block!r}"
             )
         return [found.get(place) for place in self.places]
+
+    def stance(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the branch itself, in each run."""
+        return torch.compiler.set_stance("force_eager") if self.uncompiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:

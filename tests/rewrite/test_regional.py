@@ -100,3 +100,33 @@ def test_within_a_budget():
     compile_blocks(model, "aot_eager")
     mm = mfx.momentumize(model, 0.9, example_inputs=x, activation_budget=0.0)
     assert relative_error(gradients(mm, mm, x), gradients(reference, reference, x)) < 1e-10
+
+
+def drawing(gm, example_inputs):
+    """A backend whose code draws another number first, so that its dropout has other masks than the eager one's."""
+
+    def run(*given):
+        torch.rand(())
+        return gm(*given)
+
+    return run
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_block_taken_whole_draws_alike_in_both_runs_from_the_first_step_on(gamma):  # M5
+    """What its first run keeps elsewhere is followed by a mode under which Dynamo compiles nothing."""
+    mm, x, along = mfx.momentumize(Net(3, p=0.3), gamma, modules="blocks.?"), rows(), rows().detach()
+    compile_blocks(mm, drawing)
+
+    def loss(at):
+        torch.manual_seed(0)
+        return mm(x + at * along).square().sum()
+
+    for step in range(3):
+        y = loss(0.0)
+        slope = (torch.autograd.grad(y, x)[0] * along).sum()
+        if step:  # the first one draws what the eager module does
+            with torch.no_grad():
+                torch.testing.assert_close(loss(0.0), y.detach())
+                torch.testing.assert_close(slope, (loss(1e-6) - loss(-1e-6)) / 2e-6, rtol=1e-6, atol=0)
+        assert max(mfx.drift(mm).values()) < 1e-10
