@@ -210,3 +210,21 @@ def test_any_budget_is_the_recurrence_of_the_described_model(model, gamma, share
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mfx.DriftWarning)
             assert_same(run(mm, *inputs(model)), expected, 1e-9)
+
+
+@few
+@given(models(), gammas())
+def test_where_the_state_is_finer_than_the_model_both_runs_compute_the_same_bits(model, gamma):  # M2
+    """Then it is carried exactly, and written over where nobody else has it."""
+    model = replace(model, precision="single", shapes=True)
+    network = build(model)
+    expected, found = run_if_possible(network, model), []
+    for reversible in (True, False):
+        try:
+            mm = momentumized(network, model, gamma=gamma, state_dtype=torch.float64, reversible=reversible)
+        except mfx.OptionError:  # no block of that name
+            reject()
+        found.append(run(mm, *inputs(model)).outputs)
+    assert found[0].keys() == found[1].keys() == expected.outputs.keys()
+    for name, value in found[0].items():
+        assert torch.equal(value.nan_to_num(), found[1][name].nan_to_num()), name
