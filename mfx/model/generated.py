@@ -33,8 +33,9 @@ def copied(model: Model) -> Model:
 
     Hooks of ``fully_shard`` exchange the parameters in the model's table, so one that is sharded is shared itself.
     """
-    # fully_shard's classes construct a new model in their __new__.
-    mm = copy.copy(model) if fsdp_state(model) is None else nn.Module.__new__(type(model))
+    # Not by copy.copy: fully_shard's classes construct a new model in their __new__, those of torch's parametrizations
+    # (weight_norm) refuse to give their state.
+    mm = nn.Module.__new__(type(model))
     state = dict(model.__dict__)
     state.pop(_COMPILED, None)  # compiled in place, it would run the model that it was made from
     for table, entries in state.items():
