@@ -31,7 +31,7 @@ from mfx.capture.call import Call
 from mfx.capture.frozen import apart, remembered, restore
 from mfx.capture.symbolic import SymbolicCapture
 from mfx.capture.tracer import following
-from mfx.capture.values import Otherwise, functions_kept
+from mfx.capture.values import Otherwise, contents_kept, functions_kept
 from mfx.errors import CaptureError
 from mfx.graph.notes import STATE, Modes
 from mfx.graph.shapes import Fake, Interpreter, Real, asking
@@ -46,7 +46,6 @@ from mfx.torch_versions import (
 )
 
 _PASSED_BY = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
-
 _now = threading.local()
 
 
@@ -89,7 +88,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
 def _fake(root: nn.Module, inputs: list[Any]) -> Fake:
     """A place for fake tensors, those that ask for a gradient asking there too."""
     place = Fake(root, inputs)
-    place.tensors = [asking(given, fake) for given, fake in zip(inputs, place.tensors, strict=True)]
+    place.tensors = list(map(asking, inputs, place.tensors))
     return place
 
 
@@ -132,10 +131,11 @@ class _Proof:
         return [spec, *flat]
 
     def _log(self, place: Fake, run: Callable[[_Log], list[Any]]) -> _Log:
-        with place():
+        with place(), contents_kept(self.root.modules()) as changed:
             log = _Log(self.root, place.tensors)
             with functions_kept(log.applied), log:
                 log.outputs = run(log)
+            log.wrote = changed()
             log.returned = [log.operand(value) for value in log.outputs]
         return log
 
@@ -162,13 +162,14 @@ class _Row:
 
 @dataclass(eq=False)
 class _Log(TorchDispatchMode):
-    """The operations that run in its context."""
+    """The operations that run in its context, and whether lists, dicts or sets of the model's own changed."""
 
     root: nn.Module
     inputs: Sequence[Any]
     rows: list[_Row] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     returned: list[Any] = field(default_factory=list)
+    wrote: bool = False
     at: Callable[[], Any] = lambda: _line()
 
     def __post_init__(self) -> None:
@@ -183,12 +184,10 @@ class _Log(TorchDispatchMode):
 
     def operand(self, value: Any) -> Any:
         """A value as it stands in a row: constants are what they are."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) not in self.sources and value.requires_grad:
+        if isinstance(value, torch.Tensor) and id(value) not in self.sources and value.requires_grad:
             self.alive.append(value)
             self.sources[id(value)] = _Of("outside", id(value))
-        return self.sources.get(id(value), value)
+        return self.sources.get(id(value), value) if isinstance(value, torch.Tensor) else value
 
     def applied(self, function: type, grad: bool, args: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         """Note that a custom Function is called for more than constants; what else its values are, they are its own."""
@@ -260,6 +259,8 @@ def _compare(root: nn.Module, own: _Log, graph: _Log) -> None:
     for number, (mine, theirs) in enumerate(zip_longest(returned, given)):
         if not _same(mine, theirs):
             raise _refusal(root, f"output {number} of the model is not the graph's")
+    if own.wrote and not graph.wrote:
+        raise _refusal(root, "the model changes a list, dict or set that it keeps as an attribute; the graph does not")
 
 
 def _same_row(mine: _Row, theirs: _Row) -> bool:
@@ -268,10 +269,8 @@ def _same_row(mine: _Row, theirs: _Row) -> bool:
 
 
 def _same(mine: Any, theirs: Any) -> bool:
-    if type(mine) is not type(theirs):
-        return False
-    if mine is theirs:
-        return True
+    if mine is theirs or type(mine) is not type(theirs):
+        return mine is theirs
     if not isinstance(mine, torch.Tensor):
         return (mine == theirs and repr(mine) == repr(theirs)) or repr(mine) == repr(theirs) == "nan"
     kind = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device)

@@ -147,6 +147,11 @@ class Interpreter(fx.Interpreter):
         owner, _, name = target.rpartition(".")
         return getattr(self.root.get_submodule(owner), name)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Lists are made anew, as the graph's code makes them: a wrapped helper may write to its own."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_anew, args)), {name: _anew(value) for name, value in kwargs.items()}
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with calling_whole():
             return self.root.get_submodule(target)(*args, **kwargs)
@@ -162,6 +167,15 @@ class Interpreter(fx.Interpreter):
                 self.switch.enter_context(switched(*modes.switch(self.base)))
             self.now = modes
         return super().run_node(n)
+
+
+def _anew(value: Any) -> Any:
+    """``value`` with lists and dicts of its own, where fx's cannot be written to."""
+    if isinstance(value, dict):
+        return {key: _anew(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_anew(each) for each in value]
+    return tuple(map(_anew, value)) if type(value) is tuple else value
 
 
 _ANYWHERE = ("placeholder", "get_attr")
