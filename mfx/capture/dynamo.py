@@ -272,5 +272,6 @@ def _explain(error: Exception, root: nn.Module) -> CaptureError:
     return CaptureError(
         f"Dynamo cannot take {type(root).__name__}.forward into one graph:\n    {shown}\n"
         "The model has to be one graph: a break inside a chain would change the function that it computes. Rewrite "
-        "that line, or switch off the setting that needs it"
+        "that line, or switch off the setting that needs it; or have blocks that keep x's shape run as "
+        "mfx.MomentumNet(blocks, gamma, is_residual=False, use_backprop=False)(x, ...), which follows no Python"
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import assert_same, chain_names, run
 from nets import Block, ConvNet, Net, images, rows
+from recurrence import NetByHand
 from torch import Tensor, nn
 
 import mfx
@@ -240,3 +241,42 @@ def test_report_agrees_with_that_of_the_other_capture() -> None:
     assert one.rewritable == other.rewritable
     assert [row.parameters for row in one.blocks] == [row.parameters for row in other.blocks]
     assert [row.shape for row in one.blocks] == [row.shape for row in other.blocks]
+
+
+class Chosen(nn.Module):
+    """x + down(dropout(gelu(up(x)))), of those rows alone that are positive on the whole: a size from data."""
+
+    def __init__(self, width: int = 6, p: float = 0.2) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(width, width), nn.Linear(width, width), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x.sum(1) > 0).nonzero().flatten()
+        if len(rows) == 0:
+            return x + self.down(x)
+        return x + torch.zeros_like(x).index_put((rows,), self.down(self.dropout(F.gelu(self.up(x[rows])))))
+
+
+class ByNet(Net):
+    """The same network, its loop as a MomentumNet."""
+
+    def __init__(self, model: Net, gamma: float) -> None:
+        super().__init__(0)
+        self.stem, self.blocks, self.head = model.stem, model.blocks, model.head
+        self.run = mfx.MomentumNet(list(model.blocks), gamma, is_residual=False, use_backprop=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.stem(x)))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_the_remedy_for_sizes_from_data_inside_of_blocks_is_right(gamma: float) -> None:
+    torch.manual_seed(0)
+    model, x = Net(3, block=Chosen), rows()
+    with pytest.raises(mfx.CaptureError, match=r"mfx\.MomentumNet\(blocks, gamma, is_residual=False"):
+        mfx.momentumize(model, gamma, example_inputs=x)
+    net = ByNet(model, gamma)
+    got, expected = run(net, x), run(NetByHand(model, gamma) if gamma else model, x)
+    for name, gradient in expected.grads.items():
+        torch.testing.assert_close(got.grads[name], gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got.outputs, expected.outputs, rtol=1e-10, atol=1e-12)
