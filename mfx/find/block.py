@@ -143,15 +143,17 @@ def _paths(flow: Dataflow, skip: fx.Node, value: fx.Node, tail: tuple[fx.Node, .
 def _absorb(flow: Dataflow, skip: fx.Node, members: set[fx.Node], end: int, home: str) -> None:
     """Take in what belongs to the members alone: values only they use, queries, checks, own writes.
 
-    A value computed before the branch starts is taken in where the block's own module computes it.
+    A value computed before the branch starts is taken in where the block's own module computes it; if the add runs in
+    the root, where a module does that members run in.
     """
+    own = {home} if home else {node.meta[SCOPE].path.partition(".")[0] for node in members}
     inner, output = flow.nodes[flow.position[skip] + 1 : end], flow.nodes[end]
     first = min((flow.position[node] for node in members), default=end)
     changed = True
     while changed:
         before = len(members)
         for node in reversed(inner):
-            near = flow.position[node] > first or node.op == "get_attr" or _within(node, home)
+            near = flow.position[node] > first or node.op == "get_attr" or any(_within(node, path) for path in own)
             if node not in members and near and _serves(flow, node, skip, members):
                 members.add(node)
         for node in inner:
