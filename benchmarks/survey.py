@@ -2,7 +2,7 @@
 
 One small model of every timm family, and tiny random configurations of Hugging Face architectures and of what people
 run out of memory on (diffusion transformers, restoration, language models of other libraries: the extra ``survey``
-has these), in float64 and train mode with dropout alive.  For each model:
+has these), in float64 (float32 where its Python insists on that) and train mode with dropout alive.  For each model:
 
 1. it is captured (fx, or Dynamo where fx cannot follow or the proof refuses what it gave) and rewritten;
 2. at gamma = 0, outputs, gradients and buffers are compared with the original's under the same seed;
@@ -11,25 +11,28 @@ has these), in float64 and train mode with dropout alive.  For each model:
 4. the seconds until the first call has returned (``momentumize`` and a forward) and those of them that the proofs of
    its captures took; what a proof that refused said.
 
-Usage: ``python benchmarks/survey.py [timm|hf|more] [NAME ...] [--table results.jsonl ...]``; prints one JSON object a
-model, and with ``--table`` the Markdown table of earlier output.
+Usage: ``python benchmarks/survey.py [SOURCE] [NAME ...] [--table results.jsonl ...]``; prints one JSON object a model,
+and with ``--table`` the Markdown table of earlier output.  Sources are below.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from survey_table import table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -43,75 +46,29 @@ from mfx.pipeline import Passed
 from mfx.plan import plan
 from mfx.rewrite import ByRoot, rewrite
 
-TOLERANCE = 1e-8
-"""Relative error allowed in float64; a bias before a BatchNorm has no gradient but noise, so it is of the whole."""
-_NO_BLOCK = {"PROJECTION", "SUBTRACTED_SKIP", "NO_PARAMETERS", "BROADCAST"}
-"""What an add is that has no skip which x passes as it is, or no branch that learns."""
-_SMALL_FIRST = "atto femto pico nano xxtiny xxs xtiny tiny _ti_ mini _xs _s0 _t0 b0 _a0 _002 18 _s small 26".split()
-
-
-def timm_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
-    """One model for each timm family: the smallest of those whose names promise it."""
-    import timm
-
-    for family in timm.list_modules():
-        names = [name for name in timm.list_models(module=family) if not name.startswith("test_")]
-        if names:
-            yield family, lambda names=names: _timm_model(timm, names)
-
-
-def _timm_model(timm: Any, names: list[str]) -> tuple[nn.Module, Any]:
-    def rank(name: str) -> int:
-        return next((i for i, word in enumerate(_SMALL_FIRST) if word in name), len(_SMALL_FIRST))
-
-    sizes = {}
-    for name in sorted(names, key=rank)[:3]:
-        with torch.device("meta"):
-            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-    name = min(sizes, key=sizes.__getitem__)
-    image = timm.get_pretrained_cfg(name).input_size[-1]
-    dropout = {"drop_rate": 0.1, "drop_path_rate": 0.1}
-    narrow = {"depth": 4, "embed_dim": 48, "num_heads": 3}
-    for size in (64, image):
-        for shrunk in (narrow, {}) if sizes[name] > 8e6 else ({},):
-            for given in ({**dropout, "img_size": size}, dropout, {"drop_rate": 0.1}, {}):
-                try:
-                    model = timm.create_model(name, num_classes=5, **given, **shrunk)
-                    inputs = (torch.randn(2, 3, size, size),)
-                    _call(model.eval(), inputs)
-                except Exception:
-                    continue
-                return model, inputs
-    raise RuntimeError(f"{name} could not be built and run")
-
-
-def huggingface_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
-    """Tiny random configurations."""
-    from survey_models import MODELS
-
-    yield from MODELS.items()
-
-
-def more_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
-    """Small configurations of models with several streams, long skips, groups of blocks."""
-    from survey_more import MODELS
-
-    yield from MODELS.items()
-
-
-SOURCES = {"timm": timm_models, "hf": huggingface_models, "more": more_models}
+SOURCES = {
+    "timm": "survey_timm",
+    "hf": "survey_models",
+    "more": "survey_more",
+    "pictures": "survey_pictures",
+    "detection": "survey_detection",
+    "words": "survey_words",
+    "sound": "survey_sound",
+    "science": "survey_science",
+}
+"""The modules that have the models, each a dict ``MODELS`` of functions that give a model and its inputs by name."""
 
 
 def survey(name: str, make: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     """One row."""
     row: dict[str, Any] = {"family": name}
+    torch.set_default_dtype(torch.float64)
     start = time.perf_counter()
     try:
         torch.manual_seed(0)
         model, inputs = make()
-        inputs = pytree.tree_map_only(torch.Tensor, _double, inputs)
         row["model"] = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-        model.double().train()
+        row["dtype"], inputs = _as_precise_as_it_goes(model.train(), inputs)
         _compare(model, inputs, row)
     except Exception as error:
         row["reason"] = f"{type(error).__name__}: {_in_a_line(error)}"
@@ -202,8 +159,24 @@ def _store(side: Momentum) -> None:
         side.entries[index] = replace(old, passed=Passed(found, planned, rewrite(found, planned, ByRoot())))
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _as_precise_as_it_goes(model: nn.Module, inputs: Any) -> tuple[str, Any]:
+    """Put the model in float64, or in float32 where its own Python insists on that; its inputs likewise."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)  # what the model makes in its forward is of the same dtype
+        model.to(dtype)
+        inputs = pytree.tree_map_only(Tensor, cast, inputs)
+        try:
+            _run(model, inputs)
+        except RuntimeError as error:
+            if dtype is torch.float32 or "loat" not in str(error):
+                raise
+        else:
+            break
+    return str(dtype).removeprefix("torch."), inputs
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -214,6 +187,8 @@ def _run(model: nn.Module, inputs: Any, returned: list[float] | None = None) -> 
     """Outputs, gradients of all parameters, buffers; the model is left as it is.  Notes when forward has returned."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     output = _call(model, inputs)
     if returned is not None:
         returned.append(time.perf_counter())
@@ -250,63 +225,6 @@ def _error(got: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
     return max(errors)
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """``right``, ``no residual block``, or what is wrong."""
-    if "gradients" not in row:
-        return "failed"
-    if not row["rewritten"]:
-        return "kept" if set(row["kept"]) - _NO_BLOCK else "no residual block"
-    right = row["gamma_0"] < TOLERANCE and row["gradients"] < TOLERANCE
-    return "right" if right else "WRONG"
-
-
-def cost(rows: list[dict[str, Any]]) -> str:
-    """What the proofs cost, in a sentence; captures by Dynamo need none."""
-    proven = [row for row in rows if row.get("proofs")]
-    if not proven:
-        return "No capture needed a proof."
-    first, without = ([row["first_call"] - row["proof"] * left for row in proven] for left in (0, 1))
-    most = max(proven, key=lambda row: row["proof"])
-    return (
-        f"Until the first call had returned, models with proven captures ({len(proven)}) took {sum(first):.1f} s, "
-        f"{sum(without):.1f} s of them without the proof (medians {median(first):.2f} s and {median(without):.2f} s); "
-        f"the longest, {most['family']}'s, took {most['proof']:.1f} s of {most['first_call']:.1f} s. "
-        f"Captures that a proof refused: {sum(len(row.get('refused', ())) for row in rows)}."
-    )
-
-
-def _saved(rows: list[dict[str, Any]]) -> str:
-    shares = [row["share"] for row in rows if "share" in row]
-    return f" They keep {median(shares):.3f} (median) of the bytes that plain backprop keeps." if shares else ""
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, after a summary."""
-    verdicts = [verdict(row) for row in rows]
-    residual = [row for row, said in zip(rows, verdicts, strict=True) if said != "no residual block"]
-    right = verdicts.count("right")
-    lines = [
-        f"{len(rows)} models, {len(residual)} of them residual; {right} ({right / max(len(residual), 1):.0%}) "
-        f"rewritten, equal to the original at gamma = 0, and with the gradients of the stored run.{_saved(rows)}",
-        "",
-        cost(rows),
-        "",
-        "| family | model | capture | blocks | chains | bytes kept, of plain | gamma = 0 | reversible - stored "
-        "| first call, s | without proof | verdict |",
-        "| --- " * 11 + "|",
-    ]
-    for row, said in zip(rows, verdicts, strict=True):
-        why = row.get("reason") or (", ".join(row["kept"]) if said == "kept" else "")
-        numbers = [f"{row[key]:.0e}" if key in row else "" for key in ("gamma_0", "gradients")]
-        known = "first_call" in row
-        seconds = [f"{row['first_call'] - row['proof'] * left:.1f}" if known else "" for left in (0, 1)]
-        cells = [row.get(key, "") for key in ("family", "model", "capture", "rewritten", "chains")]
-        cells.append(f"{row['share']:.3f}" if "share" in row else "")
-        said = f"{said}: {why}".replace("|", "/") if why else said
-        lines.append("| " + " | ".join(map(str, [*cells, *numbers, *seconds, said])) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="?", choices=[*SOURCES], default="hf")
@@ -319,7 +237,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name, make in SOURCES[arguments.source]():
+    for name, make in import_module(SOURCES[arguments.source]).MODELS.items():
         if not arguments.names or name in arguments.names:
             torch._dynamo.reset()
             print(json.dumps(survey(name, make)), flush=True)
