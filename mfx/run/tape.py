@@ -145,18 +145,14 @@ class Recorder:
     def advance(self, setting: Setting, index: int, value: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
         """Go on to the state after a step, by its branch's value; gives what autograd takes for that state."""
         x, v = self.state
-        over = self._alone(setting, index, x)
+        # Who reads an earlier state has a copy of it, in the model's dtype.
+        over = index > self.first and setting.apart(x, self.dtype)
         self.traces.append(Trace(self.dtype, x.stride(), differentiable))
         self.dtype = setting.chain.steps[index].result_dtype(self.dtype, value.dtype)
         self.state = x, v = setting.carry.advance(index, x, v, value, over)
         setting.observe(index + 1, x, v)
         own = gradient_dtype(self.dtype, x.dtype)
         return x.detach().to(own) if index in self.wanted else self._edge(x, own), self._edge(v, own)
-
-    def _alone(self, setting: Setting, index: int, x: Tensor) -> bool:
-        """Whether nobody but this has the state before a step, so that the next may be written over it."""
-        before = gradient_dtype(self.dtype, x.dtype) if index - 1 in self.wanted else self.dtype
-        return index > self.first and setting.apart(x, self.dtype) and setting.apart(x, before)
 
     def _edge(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """What autograd takes for a state: its shape, and the dtype of its gradient; without values, if that can be."""
