@@ -233,8 +233,13 @@ CHECKPOINTED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("where", CHECKPOINTED)
+@pytest.mark.parametrize(
+    ("where", "backend"),
+    [
+        *((where, "aot_eager") for where in CHECKPOINTED),
+        pytest.param("one outside", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_inside_a_compiled_checkpoint_a_model_is_what_it_is_outside(where, backend):  # M5, M6
     p = 0.2 if backend == "aot_eager" else 0.0  # inductor draws its own random numbers
     one = mfx.momentumize(ConvNet(3, p=p), 0.9)

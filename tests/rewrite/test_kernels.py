@@ -39,8 +39,13 @@ def test_compiled_kernels_give_the_bits_of_the_eager_ones(layout: str, branch: t
         assert torch.equal(bits(made.w_before(w, value, False, per_w)), bits(EAGER.w_before(w, value, False, per_w)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "with gaps"])
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [
+        *((layout, "aot_eager") for layout in ("contiguous", "channels last", "with gaps")),
+        pytest.param("channels last", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_kernels_write_over_a_state_what_the_eager_ones_give(layout: str, backend: str) -> None:
     made = fused(backend)
     per_w, unit = torch.tensor(2.0**28 * 0.3, dtype=torch.float64), torch.tensor(2.0**-20, dtype=torch.float64)
