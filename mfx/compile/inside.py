@@ -14,8 +14,8 @@
 Nothing here looks at how the model was captured for eager use.
 
 Source: torch/_dynamo/comptime.py, alike in torch 2.11 and 2.15.
-Known limits: no momentumized model inside another; inside of a higher-order operation none with attention of torch's
-own.
+Known limits: no momentumized model inside another; inside of a higher-order operation none whose gammas modules give,
+nor, where Dynamo allows no side effects there, with attention of torch's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mfx.compile.live import Live, Traceable, only_for_these_options
 from mfx.compile.pieces import has_transforms, in_pieces, is_dynamic
 from mfx.compile.stand_ins import stand_ins
 from mfx.errors import CompileError, EntryError, PlanChangedError
-from mfx.graph.notes import MODES, REGION
+from mfx.graph.notes import GAMMA, MODES, REGION
 from mfx.graph.splice import join, part
 from mfx.pipeline import momentumize_graph
 from mfx.rewrite import AS_THEY_ARE, Branches, Lifted
@@ -150,6 +150,11 @@ def _enter(context: Any) -> None:
         raise EntryError(
             f"{name} is one of the blocks that its model's own Python runs as a chain of momentum steps; compiled by "
             "itself it would run without the chain's velocity. Compile the model: what links the blocks runs eagerly"
+        )
+    if output.current_tracer is not output.root_tracer and momentum.added(root).get(GAMMA):
+        raise CompileError(
+            f"{name} has gammas that modules give, and runs inside a higher-order operation (torch.utils.checkpoint, "
+            "torch.cond ...) of the compiled function, where they would get no gradient: call it outside of that"
         )
     regions = output.__dict__.get(_REGIONS)
     if regions is None:

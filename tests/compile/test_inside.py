@@ -258,6 +258,20 @@ def test_inside_a_compiled_checkpoint_a_model_is_what_it_is_outside(where, backe
     assert relative_error(*found) < 1e-10
 
 
+def test_learned_velocities_have_their_gradient_inside_of_a_compiled_checkpoint():
+    mm, x = mfx.momentumize(Net(3, p=0.0), 0.9, velocity=lambda chain: nn.Linear(6, 6).double()), rows()
+    net = torch.compile(lambda x: checkpoint(mm, x * 1, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    assert relative_error(gradients(net, mm, x), gradients(mm, mm, x)) < 1e-10
+
+
+@pytest.mark.parametrize("gamma", [mfx.LearnedGamma(0.8), mfx.RandomSign(0.8)], ids=lambda one: type(one).__name__)
+def test_gammas_that_modules_give_are_refused_inside_of_a_compiled_checkpoint(gamma):  # M15
+    mm = mfx.momentumize(Net(3, p=0.0), gamma)
+    net = torch.compile(lambda x: checkpoint(mm, x * 1, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"gammas that modules give.*outside of that"):
+        net(rows())
+
+
 def test_inside_of_a_condition_a_model_is_what_it_is_outside():
     mm = mfx.momentumize(Net(3, p=0.0), 0.9)
 

@@ -88,10 +88,8 @@ def test_a_tail_in_half_precision_carries_its_state_no_coarser_than_float32(step
 
 def test_where_all_is_kept_nothing_is_carried_finer_than_in_the_model():
     model, x = ConvNet(8).float(), torch.randn(4, 3, 16, 16)
-    finer = mfx.momentumize(model, 0.9, example_inputs=x, reversible=False)
     mm = mfx.momentumize(model, 0.9, example_inputs=x, activation_budget=1.0)
-    for one in (mm, finer):
-        run(one, x)
+    run(mm, x)  # what is proven at a first call is no part of a step
     assert kept_bytes(mm, x) <= 1.01 * kept_bytes(model, x)
     assert_same(run(mm, x), run(NetOfImagesByHand(model, 0.9), x), 1e-4)
 
