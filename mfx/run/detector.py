@@ -94,14 +94,15 @@ def size_of(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values_of(value.detach()))
 
 
-def size_of_sample(value: Tensor) -> Tensor:
-    """The L2 norm of some of the elements, the same for each tensor of a shape, from all over it."""
+def size_of_sample(value: Tensor, turn: int) -> Tensor:
+    """The L2 norm of some of the elements, from all over; at each ``turn`` of others, so that none is never seen."""
     value = values_of(value.detach())
     if type(value) is not Tensor or value.numel() <= _SAMPLE:
         return size_of(value)
     # Rows are read at once, so what is left out is not read.
     dim = max(range(max(value.dim() - 1, 1)), key=value.size)
-    return size_of(value[(slice(None),) * dim + (slice(None, None, value.numel() // _SAMPLE),)])
+    every = min(value.numel() // _SAMPLE, value.size(dim))
+    return size_of(value[(slice(None),) * dim + (slice(turn % every, None, every),)])
 
 
 def pieces(*tensors: Tensor | None, whole: bool = False) -> Iterator[tuple[Any, ...]]:

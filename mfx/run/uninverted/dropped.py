@@ -16,6 +16,7 @@ Known limits: where a node asks for the same tensor twice in one backward, the f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +60,9 @@ def dropping(
     return values
 
 
+_turns = itertools.count()
+
+
 class _Enough(BaseException):
     """Ends the second run; no ``except Exception`` of a model's own is meant by it."""
 
@@ -74,6 +78,7 @@ class _Frame:
         self.seen: list[tuple[torch.Size, torch.dtype]] = []
         self.values: dict[int, Tensor] = {}
         self.last: tuple[int, Tensor] | None = None
+        self.turn = next(_turns)
 
     def drop(self, tensor: Tensor) -> int:
         """Take the number of a tensor that autograd saves in the first run."""
@@ -87,7 +92,7 @@ class _Frame:
         """The first run is over."""
         if self.last is not None:
             number, tensor = self.last
-            self.last = None if is_symbolic(tensor) else (number, size_of_sample(tensor))
+            self.last = None if is_symbolic(tensor) else (number, size_of_sample(tensor, self.turn))
 
     def made(self, number: int) -> Tensor:
         """The tensor of this number, made anew."""
@@ -115,7 +120,7 @@ class _Frame:
         self.values = found
         if self.last is not None:
             number, size = self.last
-            now = size_of_sample(found[number]).double()
+            now = size_of_sample(found[number], self.turn).double()
             off = (now - size.double()).abs() / now.clamp_min(torch.finfo(torch.float32).tiny)
             self.told(off, found[number].dtype)
         forget = weakref.WeakMethod(self._forget)  # the frame is to go as soon as autograd lets it

@@ -113,6 +113,15 @@ def test_a_function_with_other_values_is_told(shape):
         assert off or OFF[0][0] == 0
 
 
+def test_a_difference_in_one_row_is_told_after_as_many_turns_as_rows_are_left_out():
+    x = torch.randn(3000, 50, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(3000, 1, dtype=torch.float64)
+    one[1235] = 100.0
+    for _ in range(4):
+        dropping("f", torch.exp, lambda x: torch.exp(x + one.log()), [x], told).sum().backward()
+    assert max(off for off, _ in OFF) > 1e-3
+
+
 def test_an_input_that_is_changed_in_between_is_an_error():  # M8
     layers, x = parts()
     y = x * 1
