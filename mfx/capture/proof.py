@@ -88,7 +88,7 @@ def prove(root: nn.Module, forward: Callable[..., Any], captured: SymbolicCaptur
 def _fake(root: nn.Module, inputs: list[Any]) -> Fake:
     """A place for fake tensors, those that ask for a gradient asking there too."""
     place = Fake(root, inputs)
-    place.tensors = list(map(asking, inputs, place.tensors))
+    place.tensors = [asking(given, fake) for given, fake in zip(inputs, place.tensors, strict=True)]
     return place
 
 
